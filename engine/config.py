@@ -297,3 +297,16 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override!r}: {part} is not a section")
     data[last] = value
+
+
+def policy_folder(config: Config) -> Path:
+    """The Hugging Face folder that step 0 of this run starts from. Raises `ConfigError` when the cold start has not run."""
+    if config.cold_start:
+        first = load_config(config.cold_start)
+        checkpoints = sorted((first.run_dir / "checkpoints").glob("step-*[0-9]"))
+        if not checkpoints:
+            raise ConfigError(
+                f"{config.source}: cold_start: no checkpoint in {first.run_dir}; run `headrace launch {config.cold_start}` first"
+            )
+        return checkpoints[-1]
+    return Path(config.model.path) if isinstance(config.model, PathModel) else config.run_dir / "model"

@@ -42,7 +42,13 @@ def encode(message: Message, id: int = 0) -> list[bytes | memoryview]:
 
     body = msgspec.to_builtins(message, builtin_types=(np.ndarray,), enc_hook=reference)
     packed_body = msgpack.packb(body, default=reference)
-    header = {"v": PROTOCOL, "i": id, "k": message.__struct_config__.tag, "a": [[a.dtype.str, list(a.shape)] for a in arrays], "b": packed_body}
+    header = {
+        "v": PROTOCOL,
+        "i": id,
+        "k": message.__struct_config__.tag,
+        "a": [[a.dtype.str, list(a.shape)] for a in arrays],
+        "b": packed_body,
+    }
     return [msgpack.packb(header), *(a.data.cast("B") if a.size else b"" for a in arrays)]
 
 
@@ -62,12 +68,22 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[int, Message]:
         if kind is None:
             raise Malformed(f"kind: got {header.get('k')!r}, expected one of {sorted(KINDS)}")
         arrays = _arrays(header.get("a"), frames[1:])
-        body = msgpack.unpackb(header["b"], ext_hook=lambda code, data: arrays[int.from_bytes(data, "little") - 1], strict_map_key=False)
+        body = msgpack.unpackb(
+            header["b"], ext_hook=lambda code, data: arrays[int.from_bytes(data, "little") - 1], strict_map_key=False
+        )
         return id, msgspec.convert({**body, "type": header["k"]}, kind, dec_hook=_accept_array)
     except Malformed as error:
         error.id = id  # type: ignore[attr-defined]
         raise
-    except (ValueError, TypeError, KeyError, IndexError, msgspec.ValidationError, msgpack.UnpackException, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        msgspec.ValidationError,
+        msgpack.UnpackException,
+        RecursionError,
+    ) as error:
         wrapped = Malformed(f"{type(error).__name__}: {error}")
         wrapped.id = id  # type: ignore[attr-defined]
         raise wrapped from error
@@ -75,7 +91,9 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[int, Message]:
 
 def _arrays(specs: Any, frames: Sequence[bytes | memoryview]) -> list[np.ndarray]:
     if not isinstance(specs, list) or len(specs) != len(frames):
-        raise Malformed(f"arrays: got {len(frames)} frames, expected {len(specs) if isinstance(specs, list) else 'a list of specs'}")
+        raise Malformed(
+            f"arrays: got {len(frames)} frames, expected {len(specs) if isinstance(specs, list) else 'a list of specs'}"
+        )
     arrays = []
     for number, (spec, frame) in enumerate(zip(specs, frames, strict=True)):
         dtype = DTYPES.get(spec[0])

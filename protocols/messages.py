@@ -46,7 +46,12 @@ def _check_tokens(where: str, tokens: np.ndarray, logprobs: np.ndarray, versions
     _check(bool(np.all(logprobs <= 1e-3)), f"{where}.logprobs", "a positive or NaN value", "log-probabilities <= 0")
     runs = sum(count for _, count in versions)
     _check(runs == tokens.shape[0], f"{where}.versions", f"runs over {runs} tokens", f"{tokens.shape[0]} tokens")
-    _check(all(count > 0 and version >= 0 for version, count in versions), f"{where}.versions", versions, "(version >= 0, count > 0) runs")
+    _check(
+        all(count > 0 and version >= 0 for version, count in versions),
+        f"{where}.versions",
+        versions,
+        "(version >= 0, count > 0) runs",
+    )
 
 
 class Sampling(Struct, frozen=True):
@@ -100,7 +105,12 @@ class Ticket(Struct, frozen=True, tag="ticket", eq=False):
 
     def __post_init__(self) -> None:
         _check(self.group >= 0 and self.fence >= 0, "ticket", (self.group, self.fence), "group and fence >= 0")
-        _check(len(self.samples) == len(set(self.samples)) > 0, "ticket.samples", self.samples, "distinct indices, at least one")
+        _check(
+            len(self.samples) == len(set(self.samples)) > 0,
+            "ticket.samples",
+            self.samples,
+            "distinct indices, at least one",
+        )
         _check_array("ticket.prompt", self.prompt, INT)
         _check(self.prompt.shape[0] > 0, "ticket.prompt", 0, "at least one token")
 
@@ -125,7 +135,9 @@ class Rollout(Struct, frozen=True, tag="rollout", eq=False):
     finished_at: float
 
     def __post_init__(self) -> None:
-        _check(min(self.group, self.sample, self.fence) >= 0, "rollout", (self.group, self.sample, self.fence), "ids >= 0")
+        _check(
+            min(self.group, self.sample, self.fence) >= 0, "rollout", (self.group, self.sample, self.fence), "ids >= 0"
+        )
         _check_tokens("rollout", self.tokens, self.logprobs, self.versions)
         _check(self.tokens.shape[0] > 0, "rollout.tokens", 0, "at least one token")
 
@@ -139,7 +151,12 @@ class HandBack(Struct, frozen=True, tag="hand_back", eq=False):
     partials: list[Partial] = []
 
     def __post_init__(self) -> None:
-        _check({p.sample for p in self.partials} <= set(self.samples), "hand_back.partials", [p.sample for p in self.partials], f"among {self.samples}")
+        _check(
+            {p.sample for p in self.partials} <= set(self.samples),
+            "hand_back.partials",
+            [p.sample for p in self.partials],
+            f"among {self.samples}",
+        )
 
 
 class GradeTask(Struct, frozen=True, tag="grade_task"):
@@ -279,23 +296,25 @@ class Heartbeat(Struct, frozen=True, tag="heartbeat"):
     counters: dict[str, float] = {}
 
 
-class Credit(Struct, frozen=True, tag="credit"):
-    """Worker to buffer: I can take `samples` more than I have been sent so far, counted since my Hello (a running total)."""
-
-    samples: int
-
-
 class Hello(Struct, frozen=True, tag="hello"):
-    """The first message of every worker."""
+    """The first message of every worker. `capacity` is its credit: how many samples (generator) or grade tasks
+    (reward) it will hold at once; the buffer never has more outstanding with it."""
 
     role: Role
     name: str
     host: str
     pid: int
+    capacity: int = 0
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
-        _check(0 < len(self.name) <= 80 and self.name.isprintable(), "hello.name", self.name, "1 to 80 printable characters")
+        _check(0 <= self.capacity <= 1_000_000, "hello.capacity", self.capacity, "0 to 1000000")
+        _check(
+            0 < len(self.name) <= 80 and self.name.isprintable(),
+            "hello.name",
+            self.name,
+            "1 to 80 printable characters",
+        )
 
 
 class Welcome(Struct, frozen=True, tag="welcome"):
@@ -339,5 +358,5 @@ class Goodbye(Struct, frozen=True, tag="goodbye"):
 
 Message = (
     Ticket | Rollout | HandBack | GradeTask | Grade | PlanRequest | Plan | Pull | Batch | StepCommit | Announce | Heartbeat
-    | Credit | Hello | Welcome | Ack | StatusRequest | Status | Goodbye
+    | Hello | Welcome | Ack | StatusRequest | Status | Goodbye
 )  # fmt: skip
