@@ -1,0 +1,434 @@
+"""The only scheduler, as pure state: events in, decisions out, no I/O and no clock of its own.
+
+A group's samples go `new -> leased -> rolled -> grading -> graded | failed`. When every sample has ended, the group is
+decided: an uninformative one is dropped and frees its place at once, an informative one waits, first decided first
+trained, until a step plans it and the learner commits that step.
+
+Pacing, with B groups a step and a lag of L versions: a new group enters only while
+
+    ready + planned + keep * undecided + keep <= (L + 1) * B      and      all of them <= oversample * (L + 1) * B
+
+where `keep` is the measured share of groups that dynamic sampling keeps (1 while L = 0, which promises synchronous
+training, so the bound is then exact). It cannot deadlock: with nothing undecided either a full step is ready or there
+is room for a group, because keep <= 1 <= B.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from msgspec import Struct
+
+from protocols.messages import Verdict
+
+Kind = Literal["train", "eval", "ready"]
+Stage = Literal["new", "leased", "rolled", "grading", "graded", "failed"]
+
+
+class Pace(Struct, frozen=True):
+    """The settings of a ledger. Times in seconds; `steps` rollout steps in all."""
+
+    steps: int
+    groups_per_step: int
+    max_lag: int
+    dynamic_sampling: bool = True
+    max_oversample: float = 3.0
+    lease_s: float = 60.0
+    grade_lease_s: float = 60.0
+    grade_attempts: int = 2
+
+    def __post_init__(self) -> None:
+        if self.groups_per_step < 1 or self.max_lag < 0 or self.max_oversample < 1 or self.grade_attempts < 1:
+            raise ValueError(f"pace: expected groups_per_step >= 1, max_lag >= 0, max_oversample >= 1, got {self}")
+
+
+class Issue(Struct, frozen=True):
+    """Send a ticket for these samples to this generator."""
+
+    worker: str
+    group: int
+    samples: list[int]
+    fence: int
+    min_version: int
+
+
+class Score(Struct, frozen=True):
+    """Send this sample to this reward worker."""
+
+    worker: str
+    group: int
+    sample: int
+    attempt: int
+
+
+class Decided(Struct, frozen=True):
+    """All samples of a group have ended. `outcome` "ready" goes to training, the others leave the system now."""
+
+    group: int
+    kind: Kind
+    outcome: Literal["ready", "dropped", "failed", "evaluated"]
+    reason: str | None = None
+
+
+Decision = Issue | Score | Decided
+
+
+@dataclass(slots=True)
+class Sample:
+    stage: Stage = "new"
+    fence: int = -1
+    worker: str = ""
+    deadline: float = 0.0
+    attempt: int = 0
+    failures: int = 0
+    correct: bool = False
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class Group:
+    id: int
+    kind: Kind
+    samples: list[Sample]
+    min_version: int
+    fence: int = 0
+
+    @property
+    def graded(self) -> list[Sample]:
+        return [s for s in self.samples if s.stage == "graded"]
+
+    @property
+    def ended(self) -> bool:
+        return all(s.stage in ("graded", "failed") for s in self.samples)
+
+
+@dataclass(slots=True)
+class Worker:
+    role: str
+    capacity: int
+    outstanding: set[tuple[int, int]] = field(default_factory=set)
+    suspect: bool = False
+
+    @property
+    def free(self) -> int:
+        return 0 if self.suspect else max(0, self.capacity - len(self.outstanding))
+
+
+class Ledger:
+    """Feed it events; call `decide(now)` after each batch of them and carry out what it says."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self.groups: dict[int, Group] = {}
+        self.workers: dict[str, Worker] = {}
+        self.ready: OrderedDict[int, None] = OrderedDict()
+        self.planned: dict[int, list[int]] = {}
+        self.committed = 0
+        self._evaluating = 0
+        self._to_issue: deque[int] = deque()
+        self._to_grade: deque[tuple[int, int]] = deque()
+        self._decided: list[Decided] = []
+        self._kept: deque[bool] = deque(maxlen=8 * pace.groups_per_step)
+        self.totals = dict.fromkeys(("kept", "dropped", "failed", "reissued", "refused", "tokens", "dropped_tokens"), 0)
+        self.fruitless = 0
+        """Groups decided since the last informative one."""
+
+    # --- what is known -------------------------------------------------------------------------------------------
+
+    @property
+    def keep(self) -> float:
+        """Measured share of kept groups over the last 8 steps' worth, starting from a prior of one step kept."""
+        if self.pace.max_lag == 0 or not self.pace.dynamic_sampling:
+            return 1.0
+        prior = self.pace.groups_per_step
+        rate = (sum(self._kept) + prior) / (len(self._kept) + prior)
+        return max(rate, 1.0 / self.pace.max_oversample)
+
+    @property
+    def undecided(self) -> int:
+        return len(self.groups) - len(self.ready) - self._evaluating
+
+    @property
+    def in_system(self) -> int:
+        """Groups that were issued and are neither trained nor dropped (evaluation does not count)."""
+        return self.undecided + len(self.ready) + self._planned_count
+
+    @property
+    def _planned_count(self) -> int:
+        return sum(len(groups) for groups in self.planned.values())
+
+    def room(self) -> int:
+        """How many training groups may enter now: the pacing rule, what the run still needs, and who could take them."""
+        pace, keep = self.pace, self.keep
+        bound = (pace.max_lag + 1) * pace.groups_per_step
+        settled, undecided = len(self.ready) + self._planned_count, self.undecided
+        needed = (pace.steps - self.committed) * pace.groups_per_step
+        by_lag = int((min(bound, needed) - settled - keep * undecided + 1e-9) / keep)
+        by_count = int(pace.max_oversample * bound) - settled - undecided
+        return max(0, min(by_lag, by_count))
+
+    def appetite(self) -> int:
+        """Samples that generators could start now and that no group waits to fill."""
+        free = sum(w.free for w in self.workers.values() if w.role == "generator")
+        waiting = sum(sum(s.stage == "new" for s in self.groups[g].samples) for g in self._to_issue)
+        return max(0, free - waiting)
+
+    def figures(self) -> dict[str, float]:
+        """Plain numbers for metrics and the view."""
+        decided = self.totals["kept"] + self.totals["dropped"]
+        return {
+            "in_system": self.in_system,
+            "undecided": self.undecided,
+            "ready": len(self.ready),
+            "planned": self._planned_count,
+            "to_grade": len(self._to_grade),
+            "evaluating": self._evaluating,
+            "keep_rate": sum(self._kept) / len(self._kept) if self._kept else 1.0,
+            "keep_rate_total": self.totals["kept"] / decided if decided else 1.0,
+            "fruitless": self.fruitless,
+            "committed": self.committed,
+            **{f"total_{name}": value for name, value in self.totals.items()},
+        }
+
+    # --- events --------------------------------------------------------------------------------------------------
+
+    def joined(self, worker: str, role: str, capacity: int) -> None:
+        """A worker said hello; one that comes back under its name keeps its leases."""
+        known = self.workers.get(worker)
+        if known and known.role == role:
+            known.capacity, known.suspect = capacity, False
+        else:
+            self.left(worker)
+            self.workers[worker] = Worker(role, capacity)
+
+    def left(self, worker: str) -> None:
+        """A worker is gone: what it held is issued anew, under a fence that refuses its late results."""
+        gone = self.workers.pop(worker, None)
+        for group, index in sorted(gone.outstanding) if gone else ():
+            self._take_back(self.groups[group], index)
+
+    def alive(self, worker: str, held: Iterable[tuple[int, int]], now: float) -> None:
+        """A heartbeat: renews the leases of the (group, fence) pairs that the generator names."""
+        known = self.workers.get(worker)
+        if known is None:
+            return
+        known.suspect = False
+        names = set(held)
+        for group, index in known.outstanding:
+            sample = self.groups[group].samples[index]
+            if (group, sample.fence) in names:
+                sample.deadline = now + self.pace.lease_s
+
+    def add_group(self, group: int, kind: Kind, samples: int, *, min_version: int = 0) -> None:
+        """A prompt enters. `ready` groups (rows that come with their responses) wait for no generator and no reward."""
+        self.groups[group] = Group(group, kind, [Sample() for _ in range(samples)], min_version)
+        if kind == "ready":
+            for sample in self.groups[group].samples:
+                sample.stage = "graded"
+            self.ready[group] = None
+        elif kind == "eval":
+            self._evaluating += 1
+            self._to_issue.appendleft(group)
+        else:
+            self._to_issue.append(group)
+
+    def rollout(self, worker: str, group: int, sample: int, fence: int, tokens: int) -> str | None:
+        """A finished response; returns why it is refused, or None when it counts."""
+        found, refusal = self._leased(worker, group, sample, fence)
+        if found is None:
+            self.totals["refused"] += 1
+            return refusal
+        self.workers[worker].outstanding.discard((group, sample))
+        self._rolled(group, sample, found, tokens)
+        return None
+
+    def hand_back(self, worker: str, group: int, fence: int, samples: Sequence[int]) -> str | None:
+        """A leaving generator returns samples unfinished; returns why none of them is taken, or None."""
+        refusal: str | None = "no samples"
+        for index in samples:
+            found, refusal = self._leased(worker, group, index, fence)
+            if found is not None:
+                self.workers[worker].outstanding.discard((group, index))
+                self._take_back(self.groups[group], index)
+        return refusal
+
+    def grade(self, worker: str, group: int, sample: int, attempt: int, verdict: Verdict, correct: bool) -> str | None:
+        """A verdict on one attempt; returns why it is refused, or None when it counts."""
+        known = self.groups.get(group)
+        if known is None or not 0 <= sample < len(known.samples):
+            return f"group {group} sample {sample} is not waiting for a grade"
+        found = known.samples[sample]
+        if found.stage not in ("rolled", "grading") or found.attempt != attempt:
+            return f"group {group} sample {sample}: attempt {attempt} is not the current one ({found.stage}, attempt {found.attempt})"
+        if found.worker in self.workers:
+            self.workers[found.worker].outstanding.discard((group, sample))
+        self._graded(known, sample, verdict, correct)
+        return None
+
+    def plan(self, step: int) -> list[int] | None:
+        """The groups of `step`, or None while fewer than B are ready. Raises ValueError for a step out of turn."""
+        if step in self.planned:
+            return self.planned[step]
+        if step != self.committed + 1 + len(self.planned) or step > self.pace.steps:
+            raise ValueError(
+                f"plan: got step {step}, expected {self.committed + 1 + len(self.planned)} of {self.pace.steps}"
+            )
+        if len(self.ready) < self.pace.groups_per_step:
+            return None
+        groups = [self.ready.popitem(last=False)[0] for _ in range(self.pace.groups_per_step)]
+        for group in groups:
+            del self.groups[group]
+        self.planned[step] = groups
+        return groups
+
+    def commit(self, step: int) -> list[int]:
+        """`step` is trained; returns its groups, or nothing when it was committed before. Raises ValueError out of turn."""
+        if step <= self.committed:
+            return []
+        if step != self.committed + 1 or step not in self.planned:
+            raise ValueError(f"commit: got step {step}, expected {self.committed + 1} and that it was planned")
+        self.committed = step
+        return self.planned.pop(step)
+
+    # --- after a crash: the same state from the log ------------------------------------------------------------------
+
+    def restore_rollout(self, group: int, sample: int, tokens: int) -> None:
+        self._rolled(group, sample, self.groups[group].samples[sample], tokens)
+
+    def restore_grade(self, group: int, sample: int, attempt: int, verdict: Verdict, correct: bool) -> None:
+        known = self.groups[group]
+        known.samples[sample].attempt = attempt
+        self._graded(known, sample, verdict, correct)
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def decide(self, now: float) -> list[Decision]:
+        """Everything that follows from the events so far. Call it often: it also finds leases that ran out."""
+        self._expire(now)
+        decisions: list[Decision] = [*self._issue(now), *self._score(now)]
+        decisions += self._decided
+        self._decided = []
+        return decisions
+
+    def _expire(self, now: float) -> None:
+        for worker in self.workers.values():
+            late = [(g, i) for g, i in worker.outstanding if self.groups[g].samples[i].deadline < now]
+            for group, index in late:
+                worker.outstanding.discard((group, index))
+                worker.suspect = True
+                self._take_back(self.groups[group], index)
+
+    def _issue(self, now: float) -> Iterable[Issue]:
+        generators = {name: w for name, w in self.workers.items() if w.role == "generator"}
+        while self._to_issue and generators:
+            group = self.groups[self._to_issue[0]]
+            wanted = [i for i, s in enumerate(group.samples) if s.stage == "new"]
+            if not wanted:
+                self._to_issue.popleft()
+                continue
+            name = max(generators, key=lambda n: (generators[n].free / max(1, generators[n].capacity), n))
+            worker = generators[name]
+            # A group stays together, for its prompt is then prefilled once, unless it exceeds what the worker can ever hold.
+            if worker.free < len(wanted) and (worker.outstanding or worker.free == 0):
+                return
+            given = wanted[: worker.free]
+            group.fence += 1
+            for index in given:
+                sample = group.samples[index]
+                sample.stage, sample.fence, sample.worker = "leased", group.fence, name
+                sample.deadline = now + self.pace.lease_s
+                worker.outstanding.add((group.id, index))
+            if len(given) == len(wanted):
+                self._to_issue.popleft()
+            yield Issue(name, group.id, given, group.fence, group.min_version)
+
+    def _score(self, now: float) -> Iterable[Score]:
+        scorers = {name: w for name, w in self.workers.items() if w.role == "reward"}
+        while self._to_grade and scorers:
+            name = max(scorers, key=lambda n: (scorers[n].free, n))
+            if scorers[name].free == 0:
+                return
+            group, index = self._to_grade.popleft()
+            sample = self.groups[group].samples[index]
+            sample.stage, sample.worker, sample.deadline = "grading", name, now + self.pace.grade_lease_s
+            scorers[name].outstanding.add((group, index))
+            yield Score(name, group, index, sample.attempt)
+
+    # --- transitions -------------------------------------------------------------------------------------------------
+
+    def _leased(self, worker: str, group: int, index: int, fence: int) -> tuple[Sample | None, str | None]:
+        known = self.groups.get(group)
+        if known is None or not 0 <= index < len(known.samples):
+            return None, f"group {group} sample {index} is not outstanding"
+        sample = known.samples[index]
+        if sample.stage != "leased" or sample.fence != fence or sample.worker != worker:
+            return (
+                None,
+                f"group {group} sample {index}: fence {fence} is not the current one ({sample.stage}, fence {sample.fence})",
+            )
+        return sample, None
+
+    def _take_back(self, group: Group, index: int) -> None:
+        """A lease ended without a result: the sample goes back to the queue it came from, ahead of new work."""
+        sample = group.samples[index]
+        self.totals["reissued"] += 1
+        if sample.stage == "grading":
+            sample.stage, sample.attempt = "rolled", sample.attempt + 1
+            self._to_grade.appendleft((group.id, index))
+        else:
+            sample.stage = "new"
+            if group.id not in self._to_issue:
+                self._to_issue.appendleft(group.id)
+
+    def _rolled(self, group: int, index: int, sample: Sample, tokens: int) -> None:
+        sample.stage, sample.tokens, sample.worker = "rolled", tokens, ""
+        self.totals["tokens"] += tokens
+        self._to_grade.append((group, index))
+
+    def _graded(self, group: Group, index: int, verdict: Verdict, correct: bool) -> None:
+        sample = group.samples[index]
+        if sample.stage == "rolled":  # a late verdict on an attempt that was already queued anew
+            self._to_grade.remove((group.id, index))
+        if verdict == "graded":
+            sample.stage, sample.correct = "graded", correct
+        else:
+            sample.failures += 1
+            sample.attempt += 1
+            sample.stage = "failed" if sample.failures >= self.pace.grade_attempts else "rolled"
+            if sample.stage == "rolled":
+                self._to_grade.append((group.id, index))
+        if group.ended:
+            self._decide_group(group)
+
+    def _decide_group(self, group: Group) -> None:
+        """Dynamic sampling on raw accuracy (DAPO eq. 11). Failed samples are left out; fewer than two left fail the group."""
+        right = [s.correct for s in group.graded]
+        if group.kind == "eval":
+            self._leave(group, "evaluated", None)
+        elif len(right) < min(2, len(group.samples)):
+            self.totals["failed"] += 1
+            self._leave(
+                group,
+                "failed",
+                f"{len(group.samples) - len(right)} of {len(group.samples)} samples could not be graded",
+            )
+        elif self.pace.dynamic_sampling and (all(right) or not any(right)):
+            self._kept.append(False)
+            self.fruitless += 1
+            self.totals["dropped"] += 1
+            self.totals["dropped_tokens"] += sum(s.tokens for s in group.samples)
+            self._leave(group, "dropped", "all correct" if all(right) else "all wrong")
+        else:
+            self._kept.append(True)
+            self.fruitless = 0
+            self.totals["kept"] += 1
+            self.ready[group.id] = None
+            self._decided.append(Decided(group.id, group.kind, "ready"))
+
+    def _leave(self, group: Group, outcome: Literal["dropped", "failed", "evaluated"], reason: str | None) -> None:
+        del self.groups[group.id]
+        self._evaluating -= group.kind == "eval"
+        self._decided.append(Decided(group.id, group.kind, outcome, reason))
