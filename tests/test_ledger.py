@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from protocols.ledger import Decided, Issue, Ledger, Pace, Score
 
-ACTIONS = "generate generate reward reward reward learn leave join join stall repeat".split()
+ACTIONS = ["generate", "generate", "reward", "reward", "reward", "learn", "leave", "join", "join", "stall", "repeat"]
 PACE = Pace(
     steps=4, groups_per_step=3, max_lag=1, max_oversample=2.0, lease_s=10.0, grade_lease_s=10.0, grade_attempts=2
 )
@@ -116,9 +116,13 @@ class World:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    seed=st.integers(0, 2**32), actions=st.lists(st.sampled_from(["generate", "generate", "reward", "reward", "reward", "learn", "leave", "join", "join", "stall", "repeat"]), max_size=120),
-    lag=st.integers(0, 3), size=st.integers(2, 5), dynamic=st.booleans(), right=st.sampled_from([0.05, 0.5, 0.9]),
-)  # fmt: skip
+    seed=st.integers(0, 2**32),
+    actions=st.lists(st.sampled_from(ACTIONS), max_size=120),
+    lag=st.integers(0, 3),
+    size=st.integers(2, 5),
+    dynamic=st.booleans(),
+    right=st.sampled_from([0.05, 0.5, 0.9]),
+)
 def test_any_history_keeps_the_bound_counts_once_and_ends(
     seed: int, actions: list[str], lag: int, size: int, dynamic: bool, right: float
 ) -> None:
