@@ -164,6 +164,7 @@ class BufferConfig(Section):
     dynamic_sampling: bool = True
     max_oversample: float = 3.0
     prompt_tokens: int = 2048
+    long_prompts: Literal["error", "skip"] = "error"
     address: str = "tcp://127.0.0.1:0"
     lease_s: float = 60.0
     heartbeat_s: float = 2.0

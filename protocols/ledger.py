@@ -303,6 +303,10 @@ class Ledger:
         known.samples[sample].attempt = attempt
         self._graded(known, sample, verdict, correct)
 
+    def restore_plan(self, step: int, groups: list[int]) -> None:
+        """A step that was planned and not committed; its groups are not in `groups` any more."""
+        self.planned[step] = groups
+
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     def decide(self, now: float) -> list[Decision]:

@@ -1,0 +1,238 @@
+"""The learner: one process per rank. Ask for a step's plan, pull this rank's share, train, commit, publish.
+
+The log is the authority: a learner that starts anew loads its newest checkpoint and re-trains what the log holds
+beyond it (the same groups in the same order, to the same hash) before it trains anything new. Rank 0 talks: it
+commits, publishes weights and writes checkpoints; every rank pulls its own data.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from engine.config import Config, dump_config, policy_folder
+from engine.learn_torch import TorchLearner
+from engine.models import load_model, named_weights, resolve_device
+from engine.packing import assign
+from engine.weights import Publisher, fingerprints, weights_hash
+from protocols import messages as m
+from protocols.link import Client
+from workers.provenance import code_version
+
+ASK_AGAIN_S = 30.0
+"""A plan that has not come is asked for again: a buffer that restarted has forgotten who asked."""
+DATA_TIMEOUT_S = 6 * 3600.0
+"""A step whose groups do not become ready for this long is an error."""
+
+
+PULL_TIMEOUT_S = 300.0
+COMMIT_TIMEOUT_S = 60.0
+
+T = TypeVar("T", bound=m.Message)
+
+
+class Over(Exception):
+    """The buffer said goodbye; the run is complete or was stopped."""
+
+
+class Refused(RuntimeError):
+    """The buffer refused something this learner said; nothing was counted."""
+
+
+class Diverged(RuntimeError):
+    """Re-training a logged step did not give the weights that the log names."""
+
+
+def run(config: Config, join: str) -> int:
+    """Trains until the last step is committed. Exit code 0 when the buffer says the run is complete or stopped."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    torch.set_num_threads(config.learner.threads)
+    device = resolve_device(config.learner.device)
+    if world > 1:
+        timeout = timedelta(seconds=config.learner.peer_timeout_s)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    hello = m.Hello(role="learner", name=f"learner-{rank}", host=socket.gethostname(), pid=os.getpid())
+    client = Client(join, hello, timeout_s=60.0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        Learner(config, client, join, rank=rank, world=world, device=device).train()
+    except Over as over:
+        print(f"learner-{rank}: {over}", file=sys.stderr, flush=True)
+    finally:
+        client.close()
+        if world > 1:
+            dist.destroy_process_group()
+    return 0
+
+
+class Learner:
+    """See the module's docstring; `train()` is the one finite loop of the system."""
+
+    def __init__(self, config: Config, client: Client, address: str, *, rank: int, world: int, device: str) -> None:
+        self.config, self.client, self.address, self.rank, self.world = config, client, address, rank, world
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.folder = policy_folder(config)
+        self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
+        group = dist.group.WORLD if world > 1 else None
+        self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
+        self.start = self._resume()
+        self.publisher: Publisher | None = None
+        if rank == 0 and config.generator is not None:
+            self._open_publisher(device)
+
+    def train(self) -> None:
+        """Steps `start + 1` to the last, then stays until the buffer has seen the run through. Raises `Over`."""
+        for step in range(self.start + 1, self.config.steps + 1):
+            waited = time.monotonic()
+            plan = self._plan(step)
+            updates = self._pull(plan)
+            wait_s = time.monotonic() - waited
+            self.client.status(f"trains step {step}", version=step - 1)
+            started_at = time.time()
+            metrics = self.learner.step(step, updates)
+            finished_at = time.time()
+            metrics |= {"wait_s": wait_s, "train_s": finished_at - started_at}
+            if self.rank == 0:
+                self._finish(plan, metrics, started_at, finished_at)
+        if self.rank == 0:
+            self.client.status("waits for the closing evaluation", version=self.config.steps)
+            self._wait(m.Goodbye, "the end of the run", DATA_TIMEOUT_S)
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _plan(self, step: int) -> m.Plan:
+        self.client.status(f"waits for the groups of step {step}", version=step - 1)
+        deadline = time.monotonic() + DATA_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self.client.send(m.PlanRequest(step))
+            plan = self._poll(m.Plan, ASK_AGAIN_S)
+            if plan is not None and plan.step == step:
+                return plan
+        raise TimeoutError(f"learner: waited {DATA_TIMEOUT_S:.0f} s for the groups of step {step} from the buffer")
+
+    def _pull(self, plan: m.Plan) -> list[m.Batch]:
+        """This rank's share of every update of the step."""
+        shares = assign(plan.groups, updates=self.config.learner.updates_per_step, ranks=self.world)
+        batches = []
+        for share in shares:
+            groups = share[self.rank]
+            if not groups:
+                batches.append(empty_batch(plan.step))
+                continue
+            self.client.send(m.Pull(plan.step, groups))
+            batches.append(self._wait(m.Batch, f"groups of step {plan.step}", PULL_TIMEOUT_S))
+        return batches
+
+    def _finish(self, plan: m.Plan, metrics: dict[str, float], started_at: float, finished_at: float) -> None:
+        """Commit, then publish, then checkpoint: what generators or a restart see is never ahead of the log."""
+        step, weights = plan.step, named_weights(self.model)
+        prints = fingerprints(weights)
+        digest = weights_hash(prints)
+        if plan.weights_hash is not None and plan.weights_hash != digest:
+            raise Diverged(
+                f"learner: re-trained step {step} to {digest}, the log has {plan.weights_hash}: "
+                "expected equal weights (same machine, thread count and code version?)"
+            )
+        if self.publisher is not None:
+            metrics["publish_s"] = self.publisher.counters["publish_wait_s"]
+        if plan.weights_hash is None:
+            commit = m.StepCommit(step, digest, code_version(), started_at, finished_at, metrics)
+            self.client.send(commit)
+            self.client.flush(COMMIT_TIMEOUT_S)
+            self._poll(m.Plan, 0.0)  # a refusal of the commit would be here
+        if self.publisher is not None:
+            self.publisher.publish(step, weights, prints)
+        if step % self.config.learner.checkpoint_every == 0 or step == self.config.steps:
+            self._checkpoint(step, digest)
+
+    def _checkpoint(self, step: int, digest: str) -> None:
+        meta = {
+            "step": step,
+            "weights_hash": digest,
+            "code_version": code_version(),
+            "config": dump_config(self.config),
+        }
+        save_checkpoint(
+            self.checkpoints,
+            step,
+            model=self.model,
+            source_folder=self.folder,
+            optimizer=self.learner.optimizer_state(),
+            meta=meta,
+        )
+        prune_checkpoints(self.checkpoints, self.config.learner.keep_checkpoints)
+
+    def _wait(self, kind: type[T], what: str, timeout_s: float) -> T:
+        """The next message of this kind. Raises `Over` at the buffer's goodbye, TimeoutError naming what it waited for."""
+        found = self._poll(kind, timeout_s)
+        if found is None:
+            raise TimeoutError(f"learner-{self.rank}: waited {timeout_s:.0f} s for {what} from {self.address}")
+        return found
+
+    def _poll(self, kind: type[T], timeout_s: float) -> T | None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            match self.client.receive(left):
+                case None if left == 0.0:
+                    return None
+                case m.Goodbye(reason):
+                    raise Over(reason)
+                case m.Ack(refused=str(reason)):
+                    raise Refused(f"learner-{self.rank}: the buffer refused: {reason}")
+                case message if isinstance(message, kind):
+                    return message
+
+    # --- start -----------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> int:
+        """Loads the newest checkpoint, if any; returns its step."""
+        newest = latest_checkpoint(self.checkpoints)
+        if newest is None:
+            return 0
+        weights, optimizer, meta = load_checkpoint(newest)
+        with torch.no_grad():
+            for name, parameter in named_weights(self.model).items():
+                parameter.copy_(weights[name])
+        self.learner.load_optimizer_state(optimizer)
+        print(f"learner-{self.rank}: continues from {newest}", file=sys.stderr, flush=True)
+        return int(meta["step"])
+
+    def _open_publisher(self, device: str) -> None:
+        self.publisher = Publisher(
+            reachable_host(self.address),
+            device=device,
+            bucket_bytes=self.config.learner.bucket_mb << 20,
+            peer_timeout_s=self.config.learner.peer_timeout_s,
+        )
+        host, port = self.publisher.address
+        self.client.send(m.Announce(host, port))
+        self.publisher.publish(self.start, named_weights(self.model))
+
+
+def empty_batch(step: int) -> m.Batch:
+    """The share of a rank that has no group in an update; it takes part in the collectives all the same."""
+    ints, floats, bools = np.zeros(0, m.INT), np.zeros(0, m.FLOAT), np.zeros(0, m.BOOL)
+    return m.Batch(
+        step=step, groups=ints, prompt_lengths=ints, prompts=ints, sizes=ints, lengths=ints, tokens=ints,
+        logprobs=floats, versions=ints, rewards=floats, correct=bools, truncated=bools,
+    )  # fmt: skip
+
+
+def reachable_host(address: str) -> str:
+    """The address of this machine by which the buffer's machine, and so every generator, reaches it."""
+    host, port = urlsplit(address).hostname, urlsplit(address).port
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing: it only makes the kernel choose the outgoing interface
+        return str(probe.getsockname()[0])
