@@ -1,0 +1,139 @@
+"""Where prompts come from: an endless stream of training rows and the held-out rows that it never contains.
+
+The stream is a function of (tasks, seed, index): a run that resumes at index 1,000,000 reads the row there and nothing
+before it. Shuffles use raw generator output, which numpy keeps the same from release to release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from engine.config import JsonlTask, ReasoningGymTask, Task
+from engine.fields import TaskError
+from engine.rows import JsonlRows, ReasoningGymRows, Row
+
+__all__ = ["Row", "Source", "TaskError", "held_out", "named_tasks"]
+
+BLOCK = 1000
+"""A mixture keeps its weights within each block of this many rows."""
+
+_EPOCHS, _MIXTURE, _HELD_OUT = range(3)
+
+
+def named_tasks(tasks: Sequence[Task]) -> dict[str, Task]:
+    """The tasks by the name that rows and grade requests carry: the data set's or the file's, numbered where it repeats."""
+    named: dict[str, Task] = {}
+    for task in tasks:
+        name = task.dataset if isinstance(task, ReasoningGymTask) else Path(task.path).name.removesuffix(".gz")
+        name = name.removesuffix(".jsonl")
+        count = 1 + sum(known.rpartition("#")[0] == name or known == name for known in named)
+        named[name if count == 1 else f"{name}#{count}"] = task
+    return named
+
+
+class Source:
+    """Training rows by index, without end: each task's rows in an order that is shuffled anew every epoch, the tasks
+    mixed by weight. Prompts in any task's held-out pool are left out of all tasks."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+        """Reads the files. Raises `TaskError` for a row, a data set or weights that cannot be used."""
+        if not tasks:
+            raise TaskError("tasks: got none, expected at least one")
+        named = named_tasks(tasks)
+        self._seed = seed % 2**64
+        self._quotas = _quotas([task.weight for task in tasks])
+        self._rows = [_open(task, name) for name, task in named.items()]
+        self._pools = _distinct_pools(self._rows)
+        keys = frozenset(row.key for pool in self._pools for row in pool)
+        for rows in self._rows:
+            rows.exclude(keys)
+        self._mixture: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __getitem__(self, index: int) -> Row:
+        """The row at `index` >= 0."""
+        if index < 0:
+            raise IndexError(f"source index {index}: expected at least 0")
+        task, local = self._place(index)
+        epoch, position = divmod(local, len(self._rows[task]))
+        row = self._rows[task][int(self._order(task, epoch)[position])]
+        return msgspec.structs.replace(row, index=index)
+
+    def held_out(self, n: int) -> list[Row]:
+        """`n` rows with distinct prompts from the held-out pools, shared out by the tasks' weights as far as those reach.
+        Raises `TaskError` when the pools have fewer."""
+        sizes = [len(pool) for pool in self._pools]
+        if n > sum(sizes):
+            raise TaskError(f"eval.prompts: got {n}, expected at most {sum(sizes)} (the tasks' held_out)")
+        taken = [0] * len(sizes)
+        while sum(taken) < n:  # one row at a time to the task that is furthest behind its weight
+            open_tasks = [task for task, size in enumerate(sizes) if taken[task] < size]
+            taken[min(open_tasks, key=lambda task: (taken[task] + 1) / self._quotas[task])] += 1
+        chosen = [
+            pool[place]
+            for task, (pool, count) in enumerate(zip(self._pools, taken, strict=True))
+            for place in self._shuffled(len(pool), _HELD_OUT, task)[:count]
+        ]
+        return [msgspec.structs.replace(row, index=index) for index, row in enumerate(chosen)]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which task, and the how manyth of its rows."""
+        if len(self._quotas) == 1:
+            return 0, index
+        block, position = divmod(index, sum(self._quotas))
+        if self._mixture is None or self._mixture[0] != block:
+            of_task = np.repeat(np.arange(len(self._quotas)), self._quotas)[self._shuffled(BLOCK, _MIXTURE, block)]
+            ranks = np.empty(BLOCK, dtype=np.int64)
+            for task, quota in enumerate(self._quotas):
+                ranks[of_task == task] = np.arange(quota)
+            self._mixture = block, of_task, ranks
+        _, of_task, ranks = self._mixture
+        task = int(of_task[position])
+        return task, block * self._quotas[task] + int(ranks[position])
+
+    def _order(self, task: int, epoch: int) -> np.ndarray:
+        known = self._orders.get(task)
+        if known is None or known[0] != epoch:
+            known = self._orders[task] = epoch, self._shuffled(len(self._rows[task]), _EPOCHS, task, epoch)
+        return known[1]
+
+    def _shuffled(self, n: int, *key: int) -> np.ndarray:
+        """A permutation of 0..n-1, a function of the seed and the key."""
+        generator = np.random.PCG64(np.random.SeedSequence([self._seed, *key]))
+        return np.argsort(generator.random_raw(n), kind="stable")
+
+
+def held_out(tasks: Sequence[Task], n: int, seed: int) -> list[Row]:
+    """`Source(tasks, seed).held_out(n)`."""
+    return Source(tasks, seed).held_out(n)
+
+
+def _open(task: Task, name: str) -> JsonlRows | ReasoningGymRows:
+    return JsonlRows(task, name) if isinstance(task, JsonlTask) else ReasoningGymRows(task, name)
+
+
+def _distinct_pools(tables: Sequence[JsonlRows | ReasoningGymRows]) -> list[list[Row]]:
+    seen: set[str] = set()
+    pools = []
+    for table in tables:
+        pools.append([row for row in table.pool if row.key not in seen])
+        seen.update(row.key for row in table.pool)
+    return pools
+
+
+def _quotas(weights: Sequence[float]) -> list[int]:
+    """How many of a block's rows come from each task, at least one. Raises `TaskError` for weights that are not positive."""
+    for index, weight in enumerate(weights):
+        if not 0 < weight < float("inf"):
+            raise TaskError(f"tasks[{index}].weight: got {weight}, expected a positive number")
+    exact = [weight / sum(weights) * BLOCK for weight in weights]
+    quotas = [max(1, int(share)) for share in exact]
+    while sum(quotas) != BLOCK:  # the largest remainders get what is left, the largest quota gives what is too much
+        step = 1 if sum(quotas) < BLOCK else -1
+        fits = [task for task in range(len(quotas)) if step > 0 or quotas[task] > 1]
+        quotas[max(fits, key=lambda task: step * (exact[task] - quotas[task]))] += step
+    return quotas
