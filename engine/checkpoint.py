@@ -1,0 +1,191 @@
+"""Checkpoints: a Hugging Face folder that `transformers` loads unchanged, plus the optimizer's state.
+
+A folder gets its name only when every byte of it is on disk, so one with a checkpoint's name is whole. The digests in
+`headrace.json` catch what happened to its files later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.models import named_weights
+
+WEIGHTS, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "headrace.json"
+FORMAT = 1
+
+_NAME = re.compile(r"step-(\d{6,})")
+_COPIED = {".json", ".jinja", ".txt", ".model"}
+_CHUNK = 1 << 24
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, is damaged, or belongs to another model."""
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    model: PreTrainedModel,
+    source_folder: str | Path,
+    optimizer: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+) -> Path:
+    """Write ROOT/step-NNNNNN and return it; one of that name is replaced.
+
+    The weights keep their dtype; config, tokenizer and chat template are copied from `source_folder`; `meta` is plain
+    JSON data and comes back from `load_checkpoint`. Raises `CheckpointError` when the disk does not take it; nothing of
+    it is left then, and older checkpoints are as they were.
+    """
+    final = root / f"step-{step:06d}"
+    temporary: Path | None = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=root))
+        weights = named_weights(model)
+        _copy_source(Path(source_folder), temporary, weights)
+        save_file(_owned(weights), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(_owned(optimizer), temporary / OPTIMIZER)
+        files = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        document = {"format": FORMAT, "files": files, "meta": {"step": step, **meta}}
+        (temporary / META).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        _publish(temporary, final)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final}: cannot be written: {error}") from error
+    return final
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint of the highest step in `root`; None without one (or without `root`)."""
+    found = _checkpoints(root)
+    return found[-1] if found else None
+
+
+def load_checkpoint(
+    path: Path, *, like: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(weights by Hugging Face name, optimizer tensors, meta) of one checkpoint, on the CPU.
+
+    Raises `CheckpointError` for a missing or damaged file, and, with `like` (a model's `named_weights`), for the first
+    tensor that differs in name or shape.
+    """
+    document = _read_meta(path)
+    loaded = []
+    for name in (WEIGHTS, OPTIMIZER):
+        expected, got = document["files"][name], _digest(path / name)
+        if got != expected:
+            raise CheckpointError(f"checkpoint {path}: {name} is damaged: got {got}, expected {expected}")
+        try:
+            loaded.append(load_file(path / name))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {path}: {name} cannot be read: {error}") from error
+    weights, optimizer = loaded
+    if like is not None:
+        _check_same(path, weights, like)
+    return weights, optimizer, document["meta"]
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` (at least 1) checkpoints, and what a killed writer left behind."""
+    if keep < 1:
+        raise ValueError(f"keep: got {keep}, expected at least 1")
+    for old in _checkpoints(root)[:-keep]:
+        hidden = old.with_name(f".{old.name}-removed")
+        os.rename(old, hidden)  # first, so that no half-removed folder carries a checkpoint's name
+    for left in root.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    steps = {int(match[1]): path for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _check_same(path: Path, weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    for name in sorted({*weights, *like}):
+        got = tuple(weights[name].shape) if name in weights else "no such tensor"
+        expected = tuple(like[name].shape) if name in like else "no such tensor"
+        if got != expected:
+            raise CheckpointError(f"checkpoint {path}: of another model: {name}: got {got}, expected {expected}")
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((path / META).read_text(encoding="utf-8"))
+        version = document["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: {META} cannot be read: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(f"checkpoint {path}: format {version}, expected {FORMAT}; written by another release")
+    return document
+
+
+def _copy_source(source: Path, target: Path, weights: Mapping[str, Tensor]) -> None:
+    for file in sorted(source.iterdir()):
+        ours = file.name.startswith("headrace") or file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in _COPIED and not ours:
+            shutil.copyfile(file, target / file.name)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # its older name; `transformers` loads in the dtype that stands here
+    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each with a storage of its own: safetensors refuses views of a larger one."""
+    owned = {}
+    for name, tensor in tensors.items():
+        copy = tensor.detach().to("cpu").contiguous()
+        whole = copy.untyped_storage().nbytes() == copy.nbytes
+        owned[name] = copy if whole else copy.clone()
+    return owned
+
+
+def _digest(file: Path) -> str:
+    """xxh3-128 of a file's bytes; "missing" without one."""
+    state = xxhash.xxh3_128()
+    try:
+        with file.open("rb") as data:
+            while chunk := data.read(_CHUNK):
+                state.update(chunk)
+    except FileNotFoundError:
+        return "missing"
+    return state.hexdigest()
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    temporary.chmod(0o755)
+    for path in [*temporary.iterdir(), temporary]:
+        _sync(path)
+    if final.exists():
+        replaced = final.with_name(f".{final.name}-replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+        os.rename(temporary, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(temporary, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
