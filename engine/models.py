@@ -106,12 +106,14 @@ def create_model(config: NewModel, folder: str | Path, seed: int) -> None:
         save_tokenizer(config.alphabet, temporary, context=config.context)
         (temporary / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
         temporary.chmod(0o755)
-        os.rename(temporary, folder)
-    except OSError:
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            _check_same_settings(folder, settings)  # another process was first
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.exists():
-            raise
-        _check_same_settings(folder, settings)  # another process was first
 
 
 def _new_llama(config: NewModel, seed: int) -> LlamaForCausalLM:
