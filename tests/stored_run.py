@@ -61,3 +61,29 @@ def fill_group(log: Log, group: int, rights: list[bool], *, kind: Kind = "train"
     for sample, right in enumerate(rights):
         log.add_rollout("gen-1", rollout(group, sample, tokens=4 + sample, version=min_version), 1003.0)
         log.add_grade("reward-1", grade(group, sample, correct=right), 1004.0)
+
+
+def small_run(folder: Path) -> None:
+    """Two steps of two groups (the second only planned), one dropped, one failed, one in flight, one evaluation."""
+    with new_log(folder) as log:
+        log.add_event("joined", "gen-1", "generator pid 3 on here", 1000.0)
+        fill_group(log, 0, [True, False], kind="eval")
+        log.set_group(0, "evaluated")
+        for group in range(1, 5):
+            fill_group(log, group, [True, False], min_version=group // 3)
+        log.add_plan(1, [2, 1])
+        log.commit_step(step_commit(1, loss=0.25, wait_s=1.5, accuracy=0.5))
+        log.add_plan(2, [3, 4])
+        fill_group(log, 5, [False, False])
+        log.set_group(5, "dropped", reason="all wrong")
+        log.add_group(group_row(6))
+        for sample in range(2):
+            log.add_rollout("gen-2", rollout(6, sample, text="[bold]no markup"), 1003.0)
+            log.add_grade("reward-1", grade(6, sample, verdict="timeout", correct=False), 1004.0)
+        log.set_group(6, "failed", reason="2 of 2 samples could not be graded")
+        log.add_group(group_row(7, samples=3))
+        log.add_rollout("gen-1", rollout(7, 2, tokens=20, text="still [red]going"), 1005.0)
+        log.add_rollout("gen-1", rollout(7, 0), 1005.0)
+        log.add_grade("reward-1", grade(7, 0, verdict="crash", correct=False), 1005.0)
+        log.add_grade("reward-2", grade(7, 0, attempt=1), 1006.0)
+        log.commit()
