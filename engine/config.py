@@ -27,13 +27,13 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
 # --- the model -----------------------------------------------------------------------------------------------------
 
 
-class PathModel(Section, tag="path"):
+class PathModel(Section, frozen=True, tag="path"):
     """A Hugging Face folder (config.json, safetensors, tokenizer.json)."""
 
     path: str
 
 
-class NewModel(Section, tag="new"):
+class NewModel(Section, frozen=True, tag="new"):
     """A small Llama with fresh weights and one token a character, for runs that train from nothing."""
 
     alphabet: str
@@ -48,21 +48,21 @@ class NewModel(Section, tag="new"):
 # --- where prompts come from, and how answers are scored ------------------------------------------------------------
 
 
-class ReasoningGymScore(Section, tag="reasoning-gym"):
+class ReasoningGymScore(Section, frozen=True, tag="reasoning-gym"):
     """The data set's own `score_answer`; correct at `threshold` or above."""
 
     threshold: float = 1.0
 
 
-class MathVerifyScore(Section, tag="math-verify"):
+class MathVerifyScore(Section, frozen=True, tag="math-verify"):
     """`math_verify` equivalence of the extracted answer with the row's answer."""
 
 
-class ExactScore(Section, tag="exact"):
+class ExactScore(Section, frozen=True, tag="exact"):
     """String equality after stripping white space."""
 
 
-class PythonScore(Section, tag="python"):
+class PythonScore(Section, frozen=True, tag="python"):
     """A function of yours, `module:function`, called as `function(text, answer_row) -> bool | float | {"correct", "reward", ...parts}`."""
 
     function: str
@@ -71,7 +71,7 @@ class PythonScore(Section, tag="python"):
 Extract = Literal["whole", "first-line", "last-line", "answer-line", "boxed", "answer-tag", "hashes"]
 
 
-class ReasoningGymTask(Section, tag="reasoning-gym"):
+class ReasoningGymTask(Section, frozen=True, tag="reasoning-gym"):
     """A procedural data set of reasoning-gym: `params` go to its config, rows are drawn from `seed`."""
 
     dataset: str
@@ -88,7 +88,7 @@ class ReasoningGymTask(Section, tag="reasoning-gym"):
     weight: float = 1.0
 
 
-class JsonlTask(Section, tag="jsonl"):
+class JsonlTask(Section, frozen=True, tag="jsonl"):
     """Rows of a .jsonl or .jsonl.gz file. `prompt`, `solution` and `answer` are format strings over a row's fields
     (dotted and indexed access allowed, as in `{reward_model[ground_truth]}`); `messages` names a field that already
     holds chat messages and then replaces `prompt`."""
@@ -113,29 +113,29 @@ Task = ReasoningGymTask | JsonlTask
 # --- what is trained -----------------------------------------------------------------------------------------------
 
 
-class NoCorrection(Section, tag="none"):
+class NoCorrection(Section, frozen=True, tag="none"):
     """The ratio is taken against the behaviour log-probabilities themselves (two policies, no extra pass)."""
 
 
-class DecoupledCorrection(Section, tag="decoupled"):
+class DecoupledCorrection(Section, frozen=True, tag="decoupled"):
     """Three policies (AReaL): clip against the recomputed policy of the step's start, weight by old / behaviour."""
 
 
-class TruncatedCorrection(Section, tag="truncated"):
+class TruncatedCorrection(Section, frozen=True, tag="truncated"):
     """As decoupled, the weight truncated at `cap`, per token or per sequence."""
 
     cap: float = 2.0
     level: Literal["token", "sequence"] = "token"
 
 
-class IcepopCorrection(Section, tag="icepop"):
+class IcepopCorrection(Section, frozen=True, tag="icepop"):
     """As decoupled, tokens whose weight lies outside [low, high] are masked out."""
 
     low: float = 0.5
     high: float = 5.0
 
 
-class DapoObjective(Section, tag="dapo"):
+class DapoObjective(Section, frozen=True, tag="dapo"):
     """DAPO; GRPO is `clip_high = 0.2`, `loss = "sequence"` and `dynamic_sampling = false`."""
 
     clip_low: float = 0.2
@@ -147,7 +147,7 @@ class DapoObjective(Section, tag="dapo"):
     correction: NoCorrection | TruncatedCorrection | IcepopCorrection | DecoupledCorrection = TruncatedCorrection()
 
 
-class SftObjective(Section, tag="sft"):
+class SftObjective(Section, frozen=True, tag="sft"):
     """Maximum likelihood of the rows' solutions: the cold start."""
 
 
@@ -157,7 +157,7 @@ Objective = DapoObjective | SftObjective
 # --- the roles -----------------------------------------------------------------------------------------------------
 
 
-class BufferConfig(Section):
+class BufferConfig(Section, frozen=True):
     groups_per_step: int
     samples_per_group: int = 16
     max_lag: int = 1
@@ -170,14 +170,14 @@ class BufferConfig(Section):
     heartbeat_s: float = 2.0
 
 
-class TorchEngine(Section, tag="torch"):
+class TorchEngine(Section, frozen=True, tag="torch"):
     """Our own continuous batching over a Hugging Face causal language model."""
 
     slots: int = 64
     on_new_weights: Literal["keep", "recompute"] = "keep"
 
 
-class GeneratorConfig(Section):
+class GeneratorConfig(Section, frozen=True):
     sampling: Sampling
     count: int = 1
     engine: TorchEngine = TorchEngine()
@@ -186,14 +186,14 @@ class GeneratorConfig(Section):
     threads: int = 1
 
 
-class Overlong(Section):
+class Overlong(Section, frozen=True):
     """DAPO's soft overlong punishment (eq. 13): from `max_length - cache` tokens on, down to -1 at `max_length`."""
 
     max_length: int
     cache: int
 
 
-class RewardConfig(Section):
+class RewardConfig(Section, frozen=True):
     count: int = 1
     scorers: int = 1
     timeout_s: float = 10.0
@@ -204,7 +204,7 @@ class RewardConfig(Section):
     overlong: Overlong | None = None
 
 
-class LearnerConfig(Section):
+class LearnerConfig(Section, frozen=True):
     lr: float
     ranks: int = 1
     updates_per_step: int = 1
@@ -223,7 +223,7 @@ class LearnerConfig(Section):
     peer_timeout_s: float = 60.0
 
 
-class EvalConfig(Section):
+class EvalConfig(Section, frozen=True):
     """Accuracy on held-out prompts before, after and every `every` steps (0: only before and after)."""
 
     prompts: int = 0
@@ -233,7 +233,7 @@ class EvalConfig(Section):
     top_p: float = 1.0
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     name: str
     steps: int
     model: PathModel | NewModel

@@ -298,7 +298,7 @@ class Ledger:
     def restore_rollout(self, group: int, sample: int, tokens: int) -> None:
         self._rolled(group, sample, self.groups[group].samples[sample], tokens)
 
-    def restore_grade(self, group: int, sample: int, attempt: int, verdict: Verdict, correct: bool) -> None:
+    def restore_grade(self, group: int, sample: int, attempt: int, verdict: str, correct: bool) -> None:
         known = self.groups[group]
         known.samples[sample].attempt = attempt
         self._graded(known, sample, verdict, correct)
@@ -392,7 +392,7 @@ class Ledger:
         self.totals["tokens"] += tokens
         self._to_grade.append((group, index))
 
-    def _graded(self, group: Group, index: int, verdict: Verdict, correct: bool) -> None:
+    def _graded(self, group: Group, index: int, verdict: str, correct: bool) -> None:
         sample = group.samples[index]
         if sample.stage == "rolled":  # a late verdict on an attempt that was already queued anew
             self._to_grade.remove((group.id, index))

@@ -14,15 +14,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
-from engine.config import Config, ConfigError, SftObjective, dump_config, policy_folder
-from engine.tasks import Row, Source, held_out
-from engine.text import TextModel
+from engine.config import Config, ConfigError, dump_config
 from protocols import messages as m
 from protocols.ledger import Decided, Issue, Ledger, Pace, Score
 from protocols.link import Joined, Left, Received, Server
 from protocols.log import GroupRow, Log
+from workers.intake import Intake
 from workers.metrics import MetricsWriter
 from workers.provenance import code_version
 
@@ -49,10 +47,7 @@ class Buffer:
 
     def __init__(self, config: Config, *, resume: bool = False, address: str | None = None) -> None:
         self.config = config
-        self.text = TextModel.load(policy_folder(config))
-        self.source = Source(config.tasks, config.seed)
-        self.held_out = held_out(config.tasks, config.eval.prompts, config.seed) if config.eval.prompts else []
-        self.kind: m.Role | str = "ready" if isinstance(config.objective, SftObjective) else "train"
+        self.intake = Intake(config)
         self.ledger = Ledger(pace_of(config))
         self.rows: dict[int, GroupRow] = {}
         self.texts: dict[tuple[int, int], m.Rollout] = {}
@@ -66,8 +61,7 @@ class Buffer:
         self.weights: m.Announce | None = None
         self.latest: dict[str, float] = {}
         self.evals: list[dict[str, float]] = []
-        self.skipped = 0
-        self.next_group = self.cursor = 0
+        self.next_group = 0
         self.said_fruitless = 0
         self.stopping = False
         self.log = self._open_log(resume)
@@ -243,68 +237,25 @@ class Buffer:
     def _admit(self) -> None:
         """Draws prompts while the pacing rule has room and somebody could start on them."""
         room = self.ledger.room()
-        appetite = self.ledger.appetite() if self.kind == "train" else room
-        samples = self.config.buffer.samples_per_group if self.kind == "train" else 1
+        appetite = self.ledger.appetite() if self.intake.kind == "train" else room
         while room > 0 and appetite > 0:
-            row = self.source[self.cursor]
-            self.cursor += 1
-            prompt = self._prompt(row)
-            if prompt is None:
-                continue
             min_version = max(0, self.ledger.committed - self.config.buffer.max_lag)
-            group = self._enter(row, prompt, self.kind, samples, min_version, self.cursor - 1)
-            if self.kind == "ready":
-                self._solve(group, row)
-            room, appetite = room - 1, appetite - samples
+            row, rollout = self.intake.train(self.next_group, min_version=min_version)
+            self._enter(row)
+            if rollout is not None:
+                grade = m.Grade(row.group, 0, 0, "graded", correct=True, reward=1.0)
+                self.log.add_rollout("source", rollout, row.issued_at)
+                self.log.add_grade("source", grade, row.issued_at)
+            room, appetite = room - 1, appetite - row.samples
+        for problem in self.intake.skipped:
+            self.log.add_event("skipped", "source", problem, time.time())
+        self.intake.skipped.clear()
 
-    def _enter(self, row: Row, prompt: np.ndarray, kind: str, samples: int, min_version: int, source_index: int) -> int:
-        group, self.next_group = self.next_group, self.next_group + 1
-        prompt_text = row.prompt if isinstance(row.prompt, str) else msgspec.json.encode(row.prompt).decode()
-        self.rows[group] = GroupRow(
-            group=group,
-            kind=kind,  # type: ignore[arg-type]
-            source_index=source_index,
-            task=row.task,
-            prompt_id=row.prompt_id,
-            prompt=prompt,
-            prompt_text=prompt_text,
-            answer=row.answer,
-            samples=samples,
-            seed=sampling_seed(self.config.seed, group),
-            min_version=min_version,
-            issued_at=time.time(),
-        )
-        self.log.add_group(self.rows[group])
-        self.ledger.add_group(group, kind, samples, min_version=min_version)  # type: ignore[arg-type]
-        return group
-
-    def _prompt(self, row: Row) -> np.ndarray | None:
-        """The row's prompt tokens; None when it is too long and such prompts are to be skipped."""
-        limit = self.config.buffer.prompt_tokens
-        tokens = self.text.encode_prompt(row.prompt, chat=row.chat)
-        if 0 < tokens.shape[0] <= limit:
-            return tokens
-        problem = f"{row.where}: the prompt has {tokens.shape[0]} tokens, expected 1 to {limit} (buffer.prompt_tokens)"
-        if self.config.buffer.long_prompts == "error":
-            raise ConfigError(f'{problem}; set buffer.long_prompts = "skip" to leave such rows out')
-        self.skipped += 1
-        self.log.add_event("skipped", "source", problem, time.time())
-        return None
-
-    def _solve(self, group: int, row: Row) -> None:
-        """A row that brings its response (supervised fine-tuning) is logged as a finished rollout of weights 0."""
-        if row.solution is None:
-            raise ConfigError(f"{row.where}: no solution, and objective {self.config.objective} trains on solutions")
-        tokens = np.append(self.text.encode(row.solution), np.int32(self.text.eos)).astype(m.INT)
-        size, now = tokens.shape[0], time.time()
-        rollout = m.Rollout(
-            group=group, sample=0, fence=0, tokens=tokens, logprobs=np.zeros(size, m.FLOAT), versions=[(0, size)],
-            finish="stop", text=row.solution, started_at=now, finished_at=now,
-        )  # fmt: skip
-        self.log.add_rollout("source", rollout, now)
-        self.log.add_grade(
-            "source", m.Grade(group=group, sample=0, attempt=0, verdict="graded", correct=True, reward=1.0), now
-        )
+    def _enter(self, row: GroupRow) -> None:
+        self.next_group = row.group + 1
+        self.rows[row.group] = row
+        self.log.add_group(row)
+        self.ledger.add_group(row.group, row.kind, row.samples, min_version=row.min_version)
 
     def _issue(self, issue: Issue) -> None:
         row, generator = self.rows[issue.group], self.config.generator
@@ -391,7 +342,7 @@ class Buffer:
     def _due(self) -> list[int]:
         """Steps whose weights are to be evaluated now and are not yet."""
         evaluation, committed = self.config.eval, self.ledger.committed
-        if not self.held_out or self.kind != "train":
+        if not self.intake.held_out:
             return []
         steps = {0, self.config.steps} | (
             set(range(0, self.config.steps, evaluation.every)) if evaluation.every else set()
@@ -403,11 +354,10 @@ class Buffer:
 
     def _begin_evaluations(self) -> None:
         for step in self._due():
-            groups = self.evaluating[step] = set()
-            for index, row in reversed(list(enumerate(self.held_out))):
-                prompt = self._prompt(row)
-                if prompt is not None:
-                    groups.add(self._enter(row, prompt, "eval", self.config.eval.samples, step, index))
+            rows = list(self.intake.evaluation(self.next_group, step=step))
+            self.evaluating[step] = {row.group for row in rows}
+            for row in rows:
+                self._enter(row)
 
     def _end_evaluations(self) -> None:
         for step in [step for step, groups in self.evaluating.items() if not groups]:
@@ -450,7 +400,7 @@ class Buffer:
 
     def _restore(self) -> None:
         """Rebuilds the ledger from the log: the same groups, with the results that were committed."""
-        self.next_group, self.cursor = self.log.next_group(), self.log.next_source_index(self.kind)
+        self.next_group, self.intake.cursor = self.log.next_group(), self.log.next_source_index(self.intake.kind)
         self.ledger.committed = self.log.last_step()
         self.evals = self.log.evaluations()
         for step, groups in self.log.planned():
@@ -462,12 +412,12 @@ class Buffer:
             if row.kind == "eval":
                 self.evaluating.setdefault(row.min_version, set()).add(row.group)
             if row.kind == "ready":
-                continue
-            for rollout in self.log.rollouts(row.group):
-                self.texts[row.group, rollout.sample] = rollout
-                self.ledger.restore_rollout(row.group, rollout.sample, rollout.tokens.shape[0])
-            for grade in self.log.grades(row.group):
-                self.ledger.restore_grade(row.group, grade.sample, grade.attempt, grade.verdict, grade.correct)
+                continue  # it entered with its response and grade
+            self.texts.update({(row.group, rollout.sample): rollout for rollout in self.log.rollouts(row.group)})
+            for sample in state.samples:
+                self.ledger.restore_rollout(row.group, sample.sample, sample.response_tokens)
+                for attempt, verdict, correct in sample.attempts:
+                    self.ledger.restore_grade(row.group, sample.sample, attempt, verdict, correct)
 
     def _welcome(self) -> None:
         self.server.welcome = m.Welcome(
@@ -498,11 +448,6 @@ def pace_of(config: Config) -> Pace:
         grade_lease_s=4 * config.reward.timeout_s + 30,
         grade_attempts=config.reward.attempts,
     )
-
-
-def sampling_seed(seed: int, group: int) -> int:
-    """The seed of a group's draws: one number of (run seed, group), so a re-issued ticket draws the same tokens."""
-    return (seed * 0x9E3779B97F4A7C15 + group * 0xBF58476D1CE4E5B9 + 1) % (1 << 63)
 
 
 def write_address(run_dir: Path, address: str) -> None:
