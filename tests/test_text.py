@@ -37,9 +37,9 @@ CHATML = """{%- if tools %}{{ tools | tojson }}{% endif -%}
         {{- '<|im_start|>assistant\\n' }}{% generation %}{{ message.content | trim }}{% endgeneration %}{{ eos_token + '\\n' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
+  {% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' }}
+  {%- endif %}
 """
 
 QWEN = {
