@@ -1,0 +1,308 @@
+"""Continuous batching over a Hugging Face causal language model, weights exchanged between decode steps.
+
+A step computes some prompt tokens (at most a budget, so that a long prompt delays the running sequences by one bounded
+pass) and then one token for every live sequence, as one row without padding. The last token of a prompt or of a
+continued response is not computed beforehand: it is the sequence's first decode input, so the first token needs no
+path of its own. A prompt's keys and values are computed once and kept until all samples of its ticket have a slot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.config import TorchEngine
+from engine.kv_slots import DecodeAttention, KvShape, KvSlots, PrefillAttention, Prefix
+from engine.models import hidden_states, named_weights, output_weight
+from engine.responses import Job, Response, TicketRefused, check_ticket
+from engine.sampling import draw, uniforms
+from protocols.messages import HandBack, Held, Rollout, Ticket
+
+__all__ = ["TicketRefused", "TorchGenerator", "WeightsRefused"]
+
+SLOT = np.dtype(
+    [
+        ("length", np.int64), ("made", np.int64), ("limit", np.int64), ("token", np.int64), ("key", np.uint64),
+        ("temperature", np.float32), ("top_p", np.float32), ("top_k", np.int64),
+    ]
+)  # fmt: skip
+"""A live slot: tokens with keys and values, response tokens so far and at most, next input, and how to draw."""
+
+
+class WeightsRefused(ValueError):
+    """Weights that do not fit the model; says which names or shapes. The model is unchanged."""
+
+
+class TorchGenerator:
+    """See the module's docstring. `version` is the version of the weights that are loaded; `counters` only grow."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        config: TorchEngine,
+        stop_ids: Collection[int],
+        decode: Callable[[np.ndarray], str],
+        version: int = 0,
+        prefill_tokens: int = 512,
+    ) -> None:
+        """`decode` turns a response's tokens, its stop token included, into `Rollout.text`. `prefill_tokens` is the
+        budget of prompt tokens of one step."""
+        if config.slots < 1 or prefill_tokens < 1:
+            raise ValueError(f"slots {config.slots}, prefill_tokens {prefill_tokens}: expected at least 1 of each")
+        self.model, self.config, self.version = model.eval(), config, version
+        self.context = int(model.config.max_position_embeddings)
+        self.vocabulary = int(output_weight(model).shape[0])
+        self.counters: dict[str, float] = dict.fromkeys(
+            ["generated_tokens", "prefill_tokens", "prefill_saved_tokens", "finished", "swaps"], 0
+        ) | dict.fromkeys(["decode_s", "prefill_s", "swap_s"], 0.0)
+        weight = output_weight(model)
+        self._device = weight.device
+        self._kv = KvSlots(KvShape.of(model.config, weight.dtype, weight.device), config.slots)
+        self._decode_text, self._budget = decode, prefill_tokens
+        self._stops = np.zeros(self.vocabulary, dtype=bool)
+        self._stops[[token for token in stop_ids if token < self.vocabulary]] = True
+        self._jobs: list[Job] = []
+        self._live: list[Response] = []
+        self._state = np.zeros(config.slots, dtype=SLOT)
+
+    # --- tickets ---------------------------------------------------------------------------------------------------
+
+    def add(self, ticket: Ticket) -> None:
+        """Queue the ticket's samples. Those in hand already under this fence or a later one are left alone; those in
+        hand under an earlier one are dropped, since their results would be refused. Raises `TicketRefused`."""
+        check_ticket(ticket, context=self.context, vocabulary=self.vocabulary)
+        samples = set(ticket.samples)
+        for job in [job for job in self._jobs if job.ticket.group == ticket.group]:
+            same = {response.sample for response in job.unfinished} & samples
+            if job.ticket.fence >= ticket.fence:
+                samples -= same
+            else:
+                self._drop(job, same)
+        if samples:
+            self._jobs.append(Job(ticket, [s for s in ticket.samples if s in samples], context=self.context))
+
+    def cancel(self, group: int, fence: int) -> None:
+        """Drop every unfinished sample that was issued under this fence, if any."""
+        for job in [job for job in self._jobs if (job.ticket.group, job.ticket.fence) == (group, fence)]:
+            self._drop(job, {response.sample for response in job.unfinished})
+
+    def hand_back(self) -> list[HandBack]:
+        """Everything unfinished, with its tokens so far; the generator is then empty."""
+        for response in self._live:
+            response.label(self.version)
+        handed = [job.hand_back() for job in self._jobs]
+        self._jobs, self._live = [], []
+        return handed
+
+    def held(self) -> list[Held]:
+        """The tickets with unfinished samples."""
+        return [Held(job.ticket.group, job.ticket.fence) for job in self._jobs]
+
+    @property
+    def ready(self) -> bool:
+        """Whether `step` has something to do; a ticket that waits for newer weights is nothing to do."""
+        return bool(self._live) or next(self._startable(), None) is not None
+
+    def _startable(self) -> Iterator[Job]:
+        return (job for job in self._jobs if job.waiting and job.ticket.min_version <= self.version)
+
+    @torch.inference_mode()
+    def _drop(self, job: Job, samples: Collection[int]) -> None:
+        job.waiting = [response for response in job.waiting if response.sample not in samples]
+        for response in [response for response in job.live if response.sample in samples]:
+            self._vacate(self._live.index(response))
+        if not job.unfinished:
+            self._jobs.remove(job)
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy `weights` (names of `engine.models.named_weights`) into the model, between two steps.
+
+        Sequences in flight go on: with their keys and values as they are (`on_new_weights = "keep"`) or computed anew
+        under the new weights ("recompute"). Prompts of samples that have not started are computed anew in both.
+        Raises `WeightsRefused`, with nothing changed, unless names and shapes are exactly the model's.
+        """
+        began = time.perf_counter()
+        parameters = named_weights(self.model)
+        check_weights(parameters, weights, version)
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        for response in self._live:
+            response.label(self.version)
+        self.version = version
+        for job in self._jobs:
+            job.prompt = None
+            if self.config.on_new_weights == "recompute":
+                job.waiting, job.live = job.live + job.waiting, []
+            for response in job.waiting:
+                response.prefix = None
+        if self.config.on_new_weights == "recompute":
+            self._live = []
+        self.counters["swaps"] += 1
+        self.counters["swap_s"] += time.perf_counter() - began
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Rollout]:
+        """One pass of prompt tokens if any are due, one token for each live sequence; returns what finished."""
+        began = time.perf_counter()
+        self._prefill()
+        self._start()
+        prefilled = time.perf_counter()
+        self.counters["prefill_s"] += prefilled - began
+        finished = self._decode() if self._live else []
+        self.counters["decode_s"] += time.perf_counter() - prefilled
+        return finished
+
+    def _prefill(self) -> None:
+        stretches = self._stretches()
+        if not stretches:
+            return
+        ids = np.concatenate([prefix.ids[prefix.done : prefix.done + count] for prefix, count in stretches])
+        positions = np.concatenate([np.arange(prefix.done, prefix.done + count) for prefix, count in stretches])
+        attention = PrefillAttention(stretches)
+        hidden_states(self.model, self._on_device(ids.astype(np.int64)), self._on_device(positions), attention)
+        for prefix, count in stretches:
+            prefix.done += count
+        self.counters["prefill_tokens"] += len(ids)
+
+    def _stretches(self) -> list[tuple[Prefix, int]]:
+        """What to compute next: of the oldest tickets, as far as slots are free and the budget goes."""
+        budget, room = self._budget, len(self._state) - len(self._live)
+        chosen: list[tuple[Prefix, int]] = []
+        for job in self._startable():
+            for response in job.waiting[:room]:
+                prefix = self._prefix(job, response)
+                if prefix.left == 0 or (chosen and chosen[-1][0] is prefix):
+                    continue
+                chosen.append((prefix, min(budget, prefix.left)))
+                budget -= chosen[-1][1]
+                if budget == 0:
+                    return chosen
+            room -= len(job.waiting[:room])
+            if room == 0:
+                break
+        return chosen
+
+    def _prefix(self, job: Job, response: Response) -> Prefix:
+        """What has to be computed next before `response` can start: the prompt, then its own tokens if it continues."""
+        if job.prompt is None:
+            job.prompt = Prefix(self._kv.shape, job.ticket.prompt[:-1])
+        if job.prompt.left or not response.tokens:
+            return job.prompt
+        if response.prefix is None:
+            response.prefix = Prefix(self._kv.shape, response.computed_ids(), start=job.prompt)
+            self.counters["prefill_saved_tokens"] += job.prompt.use()
+        return response.prefix
+
+    def _start(self) -> None:
+        """Give free slots to the oldest waiting responses whose prefix is complete."""
+        for job in list(self._startable()):
+            for response in job.waiting[: len(self._state) - len(self._live)]:
+                prefix = response.prefix if response.tokens else job.prompt
+                if prefix is None or prefix.left:
+                    continue
+                job.waiting.remove(response)
+                self._occupy(job, response, prefix)
+            if not job.waiting:
+                job.prompt = None
+
+    def _occupy(self, job: Job, response: Response, prefix: Prefix) -> None:
+        slot, length, sampling = len(self._live), len(prefix.ids), job.sampling
+        self._kv.reserve(length + 1, slot)
+        self._kv.fill(slot, prefix)
+        self.counters["prefill_saved_tokens"] += prefix.use()
+        token = response.tokens[-1] if response.tokens else int(job.ticket.prompt[-1])
+        self._state[slot] = (
+            length, len(response.tokens), job.limit, token, job.key(response.sample),
+            sampling.temperature, sampling.top_p, sampling.top_k,
+        )  # fmt: skip
+        response.prefix = None
+        response.started_at = response.started_at or time.time()
+        job.live.append(response)
+        self._live.append(response)
+
+    def _decode(self) -> list[Rollout]:
+        state = self._state[: len(self._live)]
+        lengths = np.ascontiguousarray(state["length"])
+        self._kv.reserve(int(lengths.max()) + 1, len(state))
+        hidden = hidden_states(
+            self.model,
+            self._on_device(state["token"]),
+            self._on_device(lengths),
+            DecodeAttention(self._kv, lengths),
+        )
+        drawn, logprobs = draw(
+            F.linear(hidden, output_weight(self.model)),
+            uniforms(state["key"], state["made"]),
+            temperature=state["temperature"],
+            top_p=state["top_p"],
+            top_k=state["top_k"],
+        )
+        tokens, values = drawn.cpu().numpy(), logprobs.cpu().numpy()
+        if not np.isfinite(values).all():
+            raise FloatingPointError(f"generator: weights of version {self.version} give logits that are not finite")
+        return self._record(state, tokens, values)
+
+    def _record(self, state: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> list[Rollout]:
+        state["length"] += 1
+        state["made"] += 1
+        state["token"] = tokens
+        for response, token, logprob in zip(self._live, tokens.tolist(), logprobs.tolist(), strict=True):
+            response.tokens.append(token)
+            response.logprobs.append(logprob)
+        self.counters["generated_tokens"] += len(tokens)
+        stopped = self._stops[tokens]
+        ended = np.flatnonzero(stopped | (state["made"] >= state["limit"]))
+        # From the last slot on: what moves into a hole is then never itself one that ended.
+        return [self._finish(int(slot), bool(stopped[slot])) for slot in ended[::-1]]
+
+    def _finish(self, slot: int, stopped: bool) -> Rollout:
+        response = self._live[slot]
+        self._vacate(slot)
+        if not response.job.unfinished:
+            self._jobs.remove(response.job)
+        response.label(self.version)
+        self.counters["finished"] += 1
+        text = self._decode_text(np.array(response.tokens))
+        return response.rollout("stop" if stopped else "length", text, time.time())
+
+    def _vacate(self, slot: int) -> None:
+        """Free a slot and move the last live one into it, so that live slots stay the first."""
+        last = len(self._live) - 1
+        self._live[slot].job.live.remove(self._live[slot])
+        if slot != last:
+            self._kv.move(last, slot, int(self._state[last]["length"]))
+            self._state[slot] = self._state[last]
+            self._live[slot] = self._live[last]
+        self._live.pop()
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def check_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], version: int) -> None:
+    """Raises `WeightsRefused` unless `weights` has exactly the parameters' names and shapes."""
+    missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+    wrong = [
+        f"{name} {list(weights[name].shape)} (expected {list(parameter.shape)})"
+        for name, parameter in parameters.items()
+        if name in weights and weights[name].shape != parameter.shape
+    ]
+    faults = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for what, names in [("missing", missing), ("unknown", unknown), ("of the wrong shape", wrong)]
+        if names
+    ]
+    if faults:
+        raise WeightsRefused(f"weights of version {version}, {len(weights)} tensors: {'; '.join(faults)}")
