@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.adopt_weights import WeightsRefused, adopt_weights
 from engine.config import TorchEngine
-from engine.kv_slots import DecodeAttention, KvShape, KvSlots, PrefillAttention, Prefix
-from engine.models import hidden_states, named_weights, output_weight
+from engine.generate_attention import DecodeAttention, PrefillAttention, Sharing
+from engine.kv_slots import KvShape, KvSlots, Place, Prefix, PromptTable
+from engine.models import hidden_states, output_weight
 from engine.responses import Job, Response, TicketRefused, check_ticket
 from engine.sampling import draw, uniforms
 from protocols.messages import HandBack, Held, Rollout, Ticket
@@ -28,15 +30,11 @@ __all__ = ["TicketRefused", "TorchGenerator", "WeightsRefused"]
 
 SLOT = np.dtype(
     [
-        ("length", np.int64), ("made", np.int64), ("limit", np.int64), ("token", np.int64), ("key", np.uint64),
+        ("prompt", np.int64), ("made", np.int64), ("limit", np.int64), ("token", np.int64), ("key", np.uint64),
         ("temperature", np.float32), ("top_p", np.float32), ("top_k", np.int64),
     ]
 )  # fmt: skip
-"""A live slot: tokens with keys and values, response tokens so far and at most, next input, and how to draw."""
-
-
-class WeightsRefused(ValueError):
-    """Weights that do not fit the model; says which names or shapes. The model is unchanged."""
+"""A live slot: prompt tokens but the last, response tokens so far and at most, next input, and how to draw."""
 
 
 class TorchGenerator:
@@ -62,14 +60,15 @@ class TorchGenerator:
         self.counters: dict[str, float] = dict.fromkeys(
             ["generated_tokens", "prefill_tokens", "prefill_saved_tokens", "finished", "swaps"], 0
         ) | dict.fromkeys(["decode_s", "prefill_s", "swap_s"], 0.0)
-        weight = output_weight(model)
-        self._device = weight.device
-        self._kv = KvSlots(KvShape.of(model.config, weight.dtype, weight.device), config.slots)
+        self._shape = KvShape.of(model.config, output_weight(model))
+        self._slots, self._prompts = KvSlots(self._shape, config.slots), PromptTable(self._shape)
+        self._sharing: Sharing | None = None
         self._decode_text, self._budget = decode, prefill_tokens
         self._stops = np.zeros(self.vocabulary, dtype=bool)
         self._stops[[token for token in stop_ids if token < self.vocabulary]] = True
         self._jobs: list[Job] = []
         self._live: list[Response] = []
+        self._places: list[Place] = []
         self._state = np.zeros(config.slots, dtype=SLOT)
 
     # --- tickets ---------------------------------------------------------------------------------------------------
@@ -98,7 +97,8 @@ class TorchGenerator:
         for response in self._live:
             response.label(self.version)
         handed = [job.hand_back() for job in self._jobs]
-        self._jobs, self._live = [], []
+        self._jobs = []
+        self._clear()
         return handed
 
     def held(self) -> list[Held]:
@@ -132,10 +132,7 @@ class TorchGenerator:
         Raises `WeightsRefused`, with nothing changed, unless names and shapes are exactly the model's.
         """
         began = time.perf_counter()
-        parameters = named_weights(self.model)
-        check_weights(parameters, weights, version)
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+        adopt_weights(self.model, weights, version)
         for response in self._live:
             response.label(self.version)
         self.version = version
@@ -146,7 +143,7 @@ class TorchGenerator:
             for response in job.waiting:
                 response.prefix = None
         if self.config.on_new_weights == "recompute":
-            self._live = []
+            self._clear()
         self.counters["swaps"] += 1
         self.counters["swap_s"] += time.perf_counter() - began
 
@@ -197,12 +194,11 @@ class TorchGenerator:
     def _prefix(self, job: Job, response: Response) -> Prefix:
         """What has to be computed next before `response` can start: the prompt, then its own tokens if it continues."""
         if job.prompt is None:
-            job.prompt = Prefix(self._kv.shape, job.ticket.prompt[:-1])
+            job.prompt = Prefix(self._shape, job.ticket.prompt[:-1])
         if job.prompt.left or not response.tokens:
             return job.prompt
         if response.prefix is None:
-            response.prefix = Prefix(self._kv.shape, response.computed_ids(), start=job.prompt)
-            self.counters["prefill_saved_tokens"] += job.prompt.use()
+            response.prefix = Prefix(self._shape, response.computed_ids(), start=job.prompt)
         return response.prefix
 
     def _start(self) -> None:
@@ -210,37 +206,42 @@ class TorchGenerator:
         for job in list(self._startable()):
             for response in job.waiting[: len(self._state) - len(self._live)]:
                 prefix = response.prefix if response.tokens else job.prompt
-                if prefix is None or prefix.left:
+                if prefix is None or prefix.left or job.prompt is None:
                     continue
                 job.waiting.remove(response)
-                self._occupy(job, response, prefix)
+                self._occupy(job, response, job.prompt)
             if not job.waiting:
                 job.prompt = None
 
-    def _occupy(self, job: Job, response: Response, prefix: Prefix) -> None:
-        slot, length, sampling = len(self._live), len(prefix.ids), job.sampling
-        self._kv.reserve(length + 1, slot)
-        self._kv.fill(slot, prefix)
-        self.counters["prefill_saved_tokens"] += prefix.use()
+    def _occupy(self, job: Job, response: Response, prompt: Prefix) -> None:
+        """Start a response whose prompt, and `prefix` where it continues, are computed."""
+        known, sampling = len(prompt.ids), job.sampling
+        self._places.append(self._prompts.use(prompt))
+        if prompt.reads > 1:
+            self.counters["prefill_saved_tokens"] += known
+        own = response.prefix.kv[..., known:, :] if response.prefix else self._shape.zeros(tokens=0)
+        slot = self._slots.append(own)
         token = response.tokens[-1] if response.tokens else int(job.ticket.prompt[-1])
         self._state[slot] = (
-            length, len(response.tokens), job.limit, token, job.key(response.sample),
+            known, len(response.tokens), job.limit, token, job.key(response.sample),
             sampling.temperature, sampling.top_p, sampling.top_k,
         )  # fmt: skip
-        response.prefix = None
+        response.prefix, self._sharing = None, None
         response.started_at = response.started_at or time.time()
         job.live.append(response)
         self._live.append(response)
 
     def _decode(self) -> list[Rollout]:
         state = self._state[: len(self._live)]
-        lengths = np.ascontiguousarray(state["length"])
-        self._kv.reserve(int(lengths.max()) + 1, len(state))
+        positions = state["prompt"] + self._slots.lengths
+        self._slots.extend()
+        if self._sharing is None:
+            self._sharing = Sharing(self._prompts.slots, np.array([place.slot for place in self._places]))
         hidden = hidden_states(
             self.model,
             self._on_device(state["token"]),
-            self._on_device(lengths),
-            DecodeAttention(self._kv, lengths),
+            self._on_device(positions),
+            DecodeAttention(self._slots, self._sharing),
         )
         drawn, logprobs = draw(
             F.linear(hidden, output_weight(self.model)),
@@ -255,7 +256,6 @@ class TorchGenerator:
         return self._record(state, tokens, values)
 
     def _record(self, state: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> list[Rollout]:
-        state["length"] += 1
         state["made"] += 1
         state["token"] = tokens
         for response, token, logprob in zip(self._live, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -278,31 +278,22 @@ class TorchGenerator:
         return response.rollout("stop" if stopped else "length", text, time.time())
 
     def _vacate(self, slot: int) -> None:
-        """Free a slot and move the last live one into it, so that live slots stay the first."""
-        last = len(self._live) - 1
-        self._live[slot].job.live.remove(self._live[slot])
-        if slot != last:
-            self._kv.move(last, slot, int(self._state[last]["length"]))
-            self._state[slot] = self._state[last]
-            self._live[slot] = self._live[last]
+        """Free a slot; the last live one moves into it, in everything that is kept by slot."""
+        response, place = self._live[slot], self._places[slot]
+        self._live[slot], self._places[slot] = self._live[-1], self._places[-1]
         self._live.pop()
+        self._places.pop()
+        self._state[slot] = self._state[len(self._live)]
+        self._slots.remove(slot)
+        self._prompts.release(place)
+        response.job.live.remove(response)
+        self._sharing = None
+
+    def _clear(self) -> None:
+        """No sequence is live any more."""
+        self._live, self._places, self._sharing = [], [], None
+        self._slots.clear()
+        self._prompts.clear()
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
-
-
-def check_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], version: int) -> None:
-    """Raises `WeightsRefused` unless `weights` has exactly the parameters' names and shapes."""
-    missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
-    wrong = [
-        f"{name} {list(weights[name].shape)} (expected {list(parameter.shape)})"
-        for name, parameter in parameters.items()
-        if name in weights and weights[name].shape != parameter.shape
-    ]
-    faults = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for what, names in [("missing", missing), ("unknown", unknown), ("of the wrong shape", wrong)]
-        if names
-    ]
-    if faults:
-        raise WeightsRefused(f"weights of version {version}, {len(weights)} tensors: {'; '.join(faults)}")
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._shape.device, non_blocking=True)
