@@ -43,6 +43,7 @@ def save(source: Path, root: Path, step: int, *, dtype: str = "float32", shift: 
     whole = torch.arange(20.0)
     optimizer = {
         "exp_avg/a": whole[:10],
+        "exp_avg/c": whole[5:15],
         "exp_avg/b": whole[10:].reshape(2, 5).T,
         "step": torch.tensor(3, dtype=torch.int64),
     }
@@ -59,6 +60,7 @@ def test_what_was_saved_comes_back(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert torch.equal(optimizer["exp_avg/a"], torch.arange(10.0))
     assert torch.equal(optimizer["exp_avg/b"], torch.arange(10.0, 20.0).reshape(2, 5).T)
+    assert torch.equal(optimizer["exp_avg/c"], torch.arange(5.0, 15.0))
     assert int(optimizer["step"]) == 3
     assert meta["step"] == 50
     assert meta["weights_hash"] == "ab12"
