@@ -36,7 +36,11 @@ T = TypeVar("T", Ready, Result)
 
 
 class ScorerError(RuntimeError):
-    """A scorer cannot be started; says why."""
+    """A scorer cannot be started; says why. `refused` tells that it ran and found its tasks unusable."""
+
+    def __init__(self, text: str, *, refused: bool = False) -> None:
+        super().__init__(text)
+        self.refused = refused
 
 
 class Expired(Exception):
@@ -87,7 +91,7 @@ class Scorer:
             raise ScorerError(f"scorer process ended before it was ready: {error}") from error
         if ready.error is not None:
             self.kill()
-            raise ScorerError(ready.error)
+            raise ScorerError(ready.error, refused=True)
 
     def grade(self, task: str, text: str, answer: str, timeout_s: float) -> Result:
         """Score one response. Raises `Expired` or `Died`; the process is dead then."""

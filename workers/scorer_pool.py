@@ -31,7 +31,7 @@ class ScorerPool:
         setup = Setup(tasks=tasks, memory_mb=config.memory_mb, parent=os.getpid())
         self._scorers = [Scorer(setup) for _ in range(config.scorers)]
         self._jobs: queue.SimpleQueue[GradeTask | None] = queue.SimpleQueue()
-        self._started: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[ScorerError | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._counters = dict.fromkeys(("graded", "timeout", "crash", "infra", "busy_s", "restarts"), 0.0)
@@ -48,7 +48,7 @@ class ScorerPool:
         errors = [error for error in (self._started.get(timeout=2 * START_TIMEOUT_S) for _ in self._scorers) if error]
         if errors:
             self.close(0.0)
-            raise ScorerError(errors[0])
+            raise errors[0]
 
     def submit(self, task: GradeTask) -> None:
         """Queue a task; its grade comes through `deliver`."""
@@ -102,9 +102,15 @@ class ScorerPool:
         try:
             scorer.start()
         except ScorerError as error:
-            self._started.put(str(error))
+            self._started.put(error)
             return
-        self._started.put("")
+        self._started.put(None)
+        try:
+            self._work(scorer)
+        finally:
+            scorer.kill()
+
+    def _work(self, scorer: Scorer) -> None:
         failures = 0
         while not self._closing.is_set() and (task := self._jobs.get()) is not None:
             grade = self._account(scorer, task)
@@ -113,7 +119,6 @@ class ScorerPool:
             failures = failures + 1 if grade.verdict == "infra" else 0
             self._closing.wait(min(BACKOFF_LIMIT_S, 0.25 * 2**failures) if failures else 0.0)
             self._revive(scorer)
-        scorer.kill()
 
     def _account(self, scorer: Scorer, task: GradeTask) -> Grade:
         with self._lock:
@@ -134,7 +139,8 @@ class ScorerPool:
         try:
             scorer.start()
         except ScorerError as error:
-            print(f"reward: {error}", file=sys.stderr, flush=True)
+            if not self._closing.is_set():
+                print(f"reward: {error}", file=sys.stderr, flush=True)
 
     def _grade(self, scorer: Scorer, task: GradeTask) -> Grade:
         started = time.monotonic()
