@@ -38,7 +38,7 @@ def _decode(where: str, line: bytes) -> dict[str, Any]:
     try:
         fields = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise TaskError(f"{where}: not JSON: {error}; got {line[:80].decode(errors='replace')!r}") from error
+        raise TaskError(f"{where}: not JSON: {error}; got {line.strip()[:80].decode(errors='replace')!r}") from error
     if not isinstance(fields, dict):
         raise TaskError(f"{where}: got {_shown(fields)}, expected a JSON object")
     return fields

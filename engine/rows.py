@@ -199,7 +199,7 @@ def reasoning_gym_data(task: ReasoningGymTask) -> Any:
         raise TaskError(f"{where}: params.{reserved[0]}: set {reserved[0]} beside `dataset`, not in `params`")
     try:
         return reasoning_gym.create_dataset(task.dataset, size=task.size, seed=task.seed, **task.params)
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # its configs check themselves with these
         raise TaskError(f"{where}: params {task.params}: {error}") from error
 
 
