@@ -164,10 +164,14 @@ def test_math_verify_scores_gsm8k_rows() -> None:
 
 def test_math_verify_works_outside_the_main_thread() -> None:
     verdicts: list[bool] = []
-    thread = threading.Thread(target=lambda: verdicts.append(score(jsonl(), "Answer: 1/2", row("0.5")).correct))
+
+    def grade() -> None:
+        verdicts.extend(score(jsonl(), f"Answer: {text}", row("0.5")).correct for text in ("1/2", r"$\frac12$", "1"))
+
+    thread = threading.Thread(target=grade)
     thread.start()
     thread.join(30)
-    assert verdicts == [True]
+    assert verdicts == [True, True, False]
 
 
 def test_exact() -> None:
