@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,13 +58,18 @@ class Sharing:
 class DecodeAttention:
     """The newest token of each of the live sequences of `slots`, counted in their lengths already."""
 
-    def __init__(self, slots: KvSlots, sharing: Sharing) -> None:
+    def __init__(self, slots: KvSlots, sharing: Sharing, ends: Sequence[int]) -> None:
+        """`ends`: where ranges of slots end that attend together, each as far as its longest sequence."""
         device = slots.shape.device
         self._kv, self._sharing = slots.kv, sharing
         self._rows = torch.arange(slots.live, device=device)
         self._at = torch.from_numpy(slots.lengths - 1).to(device)
-        self._span = _span(slots, slots.lengths)
-        self._mask = _mask(slots, slots.lengths, self._span)
+        self._ranges: list[tuple[int, int, int, Tensor]] = []
+        bounds = [0, *(end for end in ends if end < slots.live), slots.live]
+        for start, end in pairwise(bounds):
+            lengths = slots.lengths[start:end]
+            span = _span(slots, lengths)
+            self._ranges.append((start, end, span, _mask(slots, lengths, span)))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Stores the new keys and values, then attends: one softmax over the scores of the prompt and of the own tokens.
@@ -74,20 +80,21 @@ class DecodeAttention:
         keys, values = self._kv[layer, 0], self._kv[layer, 1]
         keys[self._rows, :, self._at] = key[0].transpose(0, 1)
         values[self._rows, :, self._at] = value[0].transpose(0, 1)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         queries = query[0].transpose(0, 1).reshape(live, kv_heads, -1, d)
-        span, prompt_span = self._span, self._sharing.span
-        own = torch.baddbmm(
-            self._mask,
-            queries.view(live * kv_heads, -1, d),
-            keys.flatten(0, 1)[: live * kv_heads, :span].transpose(1, 2),
-            alpha=scale,
-        )
-        scores = torch.cat([self._prompt_scores(layer, queries, scale), own.view(live, kv_heads, -1, span)], dim=-1)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-        attended = torch.bmm(
-            weights[..., prompt_span:].flatten(0, 1), values.flatten(0, 1)[: live * kv_heads, :span]
-        ).view(queries.shape)
-        return (attended + self._prompt_values(layer, weights[..., :prompt_span])).view(1, live, -1, d)
+        prompt_scores = self._prompt_scores(layer, queries, scale)
+        attended, prompt_weights = [], []
+        for start, end, span, mask in self._ranges:
+            rows = slice(start * kv_heads, end * kv_heads)
+            own = torch.baddbmm(
+                mask, queries[start:end].flatten(0, 1), keys[rows, :span].transpose(1, 2), alpha=scale
+            ).view(end - start, kv_heads, -1, span)
+            scores = torch.cat([prompt_scores[start:end], own], dim=-1)
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+            attended.append(torch.bmm(weights[..., -span:].flatten(0, 1), values[rows, :span]))
+            prompt_weights.append(weights[..., :-span])
+        own_part = torch.cat(attended).view(queries.shape)
+        return (own_part + self._prompt_values(layer, torch.cat(prompt_weights))).view(1, live, -1, d)
 
     def _prompt_scores(self, layer: int, queries: Tensor, scale: float) -> Tensor:
         sharing, kv_heads = self._sharing, queries.shape[1]

@@ -19,22 +19,15 @@ from transformers import PreTrainedModel
 
 from engine.adopt_weights import WeightsRefused, adopt_weights
 from engine.config import TorchEngine
-from engine.generate_attention import DecodeAttention, PrefillAttention, Sharing
-from engine.kv_slots import KvShape, KvSlots, Place, Prefix, PromptTable
+from engine.generate_attention import PrefillAttention
+from engine.kv_slots import KvShape, Prefix
 from engine.models import hidden_states, output_weight
 from engine.responses import Job, Response, TicketRefused, check_ticket
+from engine.running import Running
 from engine.sampling import draw, uniforms
 from protocols.messages import HandBack, Held, Rollout, Ticket
 
 __all__ = ["TicketRefused", "TorchGenerator", "WeightsRefused"]
-
-SLOT = np.dtype(
-    [
-        ("prompt", np.int64), ("made", np.int64), ("limit", np.int64), ("token", np.int64), ("key", np.uint64),
-        ("temperature", np.float32), ("top_p", np.float32), ("top_k", np.int64),
-    ]
-)  # fmt: skip
-"""A live slot: prompt tokens but the last, response tokens so far and at most, next input, and how to draw."""
 
 
 class TorchGenerator:
@@ -49,9 +42,10 @@ class TorchGenerator:
         decode: Callable[[np.ndarray], str],
         version: int = 0,
         prefill_tokens: int = 512,
+        range_bytes: int | None = None,
     ) -> None:
         """`decode` turns a response's tokens, its stop token included, into `Rollout.text`. `prefill_tokens` is the
-        budget of prompt tokens of one step."""
+        budget of prompt tokens of one step; `range_bytes` as for `Running`."""
         if config.slots < 1 or prefill_tokens < 1:
             raise ValueError(f"slots {config.slots}, prefill_tokens {prefill_tokens}: expected at least 1 of each")
         self.model, self.config, self.version = model.eval(), config, version
@@ -61,15 +55,11 @@ class TorchGenerator:
             ["generated_tokens", "prefill_tokens", "prefill_saved_tokens", "finished", "swaps"], 0
         ) | dict.fromkeys(["decode_s", "prefill_s", "swap_s"], 0.0)
         self._shape = KvShape.of(model.config, output_weight(model))
-        self._slots, self._prompts = KvSlots(self._shape, config.slots), PromptTable(self._shape)
-        self._sharing: Sharing | None = None
+        self._running = Running(self._shape, config.slots, range_bytes=range_bytes)
         self._decode_text, self._budget = decode, prefill_tokens
         self._stops = np.zeros(self.vocabulary, dtype=bool)
         self._stops[[token for token in stop_ids if token < self.vocabulary]] = True
         self._jobs: list[Job] = []
-        self._live: list[Response] = []
-        self._places: list[Place] = []
-        self._state = np.zeros(config.slots, dtype=SLOT)
 
     # --- tickets ---------------------------------------------------------------------------------------------------
 
@@ -94,11 +84,11 @@ class TorchGenerator:
 
     def hand_back(self) -> list[HandBack]:
         """Everything unfinished, with its tokens so far; the generator is then empty."""
-        for response in self._live:
+        for response in self._running.responses:
             response.label(self.version)
         handed = [job.hand_back() for job in self._jobs]
         self._jobs = []
-        self._clear()
+        self._running.clear()
         return handed
 
     def held(self) -> list[Held]:
@@ -108,7 +98,7 @@ class TorchGenerator:
     @property
     def ready(self) -> bool:
         """Whether `step` has something to do; a ticket that waits for newer weights is nothing to do."""
-        return bool(self._live) or next(self._startable(), None) is not None
+        return len(self._running) > 0 or next(self._startable(), None) is not None
 
     def _startable(self) -> Iterator[Job]:
         return (job for job in self._jobs if job.waiting and job.ticket.min_version <= self.version)
@@ -117,7 +107,7 @@ class TorchGenerator:
     def _drop(self, job: Job, samples: Collection[int]) -> None:
         job.waiting = [response for response in job.waiting if response.sample not in samples]
         for response in [response for response in job.live if response.sample in samples]:
-            self._vacate(self._live.index(response))
+            self._running.remove(self._running.responses.index(response))
         if not job.unfinished:
             self._jobs.remove(job)
 
@@ -133,7 +123,7 @@ class TorchGenerator:
         """
         began = time.perf_counter()
         adopt_weights(self.model, weights, version)
-        for response in self._live:
+        for response in self._running.responses:
             response.label(self.version)
         self.version = version
         for job in self._jobs:
@@ -143,7 +133,7 @@ class TorchGenerator:
             for response in job.waiting:
                 response.prefix = None
         if self.config.on_new_weights == "recompute":
-            self._clear()
+            self._running.clear()
         self.counters["swaps"] += 1
         self.counters["swap_s"] += time.perf_counter() - began
 
@@ -157,7 +147,7 @@ class TorchGenerator:
         self._start()
         prefilled = time.perf_counter()
         self.counters["prefill_s"] += prefilled - began
-        finished = self._decode() if self._live else []
+        finished = self._decode() if len(self._running) else []
         self.counters["decode_s"] += time.perf_counter() - prefilled
         return finished
 
@@ -175,7 +165,7 @@ class TorchGenerator:
 
     def _stretches(self) -> list[tuple[Prefix, int]]:
         """What to compute next: of the oldest tickets, as far as slots are free and the budget goes."""
-        budget, room = self._budget, len(self._state) - len(self._live)
+        budget, room = self._budget, self._running.free
         chosen: list[tuple[Prefix, int]] = []
         for job in self._startable():
             for response in job.waiting[:room]:
@@ -204,45 +194,20 @@ class TorchGenerator:
     def _start(self) -> None:
         """Give free slots to the oldest waiting responses whose prefix is complete."""
         for job in list(self._startable()):
-            for response in job.waiting[: len(self._state) - len(self._live)]:
+            for response in job.waiting[: self._running.free]:
                 prefix = response.prefix if response.tokens else job.prompt
                 if prefix is None or prefix.left or job.prompt is None:
                     continue
                 job.waiting.remove(response)
-                self._occupy(job, response, job.prompt)
+                self.counters["prefill_saved_tokens"] += self._running.add(response, job.prompt)
+                response.started_at = response.started_at or time.time()
             if not job.waiting:
                 job.prompt = None
 
-    def _occupy(self, job: Job, response: Response, prompt: Prefix) -> None:
-        """Start a response whose prompt, and `prefix` where it continues, are computed."""
-        known, sampling = len(prompt.ids), job.sampling
-        self._places.append(self._prompts.use(prompt))
-        if prompt.reads > 1:
-            self.counters["prefill_saved_tokens"] += known
-        own = response.prefix.kv[..., known:, :] if response.prefix else self._shape.zeros(tokens=0)
-        slot = self._slots.append(own)
-        token = response.tokens[-1] if response.tokens else int(job.ticket.prompt[-1])
-        self._state[slot] = (
-            known, len(response.tokens), job.limit, token, job.key(response.sample),
-            sampling.temperature, sampling.top_p, sampling.top_k,
-        )  # fmt: skip
-        response.prefix, self._sharing = None, None
-        response.started_at = response.started_at or time.time()
-        job.live.append(response)
-        self._live.append(response)
-
     def _decode(self) -> list[Rollout]:
-        state = self._state[: len(self._live)]
-        positions = state["prompt"] + self._slots.lengths
-        self._slots.extend()
-        if self._sharing is None:
-            self._sharing = Sharing(self._prompts.slots, np.array([place.slot for place in self._places]))
-        hidden = hidden_states(
-            self.model,
-            self._on_device(state["token"]),
-            self._on_device(positions),
-            DecodeAttention(self._slots, self._sharing),
-        )
+        positions, attention = self._running.extend()
+        state = self._running.state
+        hidden = hidden_states(self.model, self._on_device(state["token"]), self._on_device(positions), attention)
         drawn, logprobs = draw(
             F.linear(hidden, output_weight(self.model)),
             uniforms(state["key"], state["made"]),
@@ -258,7 +223,7 @@ class TorchGenerator:
     def _record(self, state: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> list[Rollout]:
         state["made"] += 1
         state["token"] = tokens
-        for response, token, logprob in zip(self._live, tokens.tolist(), logprobs.tolist(), strict=True):
+        for response, token, logprob in zip(self._running.responses, tokens.tolist(), logprobs.tolist(), strict=True):
             response.tokens.append(token)
             response.logprobs.append(logprob)
         self.counters["generated_tokens"] += len(tokens)
@@ -268,32 +233,13 @@ class TorchGenerator:
         return [self._finish(int(slot), bool(stopped[slot])) for slot in ended[::-1]]
 
     def _finish(self, slot: int, stopped: bool) -> Rollout:
-        response = self._live[slot]
-        self._vacate(slot)
+        response = self._running.remove(slot)
         if not response.job.unfinished:
             self._jobs.remove(response.job)
         response.label(self.version)
         self.counters["finished"] += 1
         text = self._decode_text(np.array(response.tokens))
         return response.rollout("stop" if stopped else "length", text, time.time())
-
-    def _vacate(self, slot: int) -> None:
-        """Free a slot; the last live one moves into it, in everything that is kept by slot."""
-        response, place = self._live[slot], self._places[slot]
-        self._live[slot], self._places[slot] = self._live[-1], self._places[-1]
-        self._live.pop()
-        self._places.pop()
-        self._state[slot] = self._state[len(self._live)]
-        self._slots.remove(slot)
-        self._prompts.release(place)
-        response.job.live.remove(response)
-        self._sharing = None
-
-    def _clear(self) -> None:
-        """No sequence is live any more."""
-        self._live, self._places, self._sharing = [], [], None
-        self._slots.clear()
-        self._prompts.clear()
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._shape.device, non_blocking=True)

@@ -87,6 +87,15 @@ class KvSlots:
             self._lengths[slot] = tokens
         self.live = last
 
+    def permute(self, order: np.ndarray) -> None:
+        """Slot i gets what slot `order[i]` holds; `order` int [live] is a permutation."""
+        moved = np.flatnonzero(order != np.arange(self.live))
+        tokens = int(self.lengths[moved].max(initial=0))
+        targets, sources = (torch.from_numpy(slots).to(self.shape.device) for slots in (moved, order[moved]))
+        for layer in self.kv:  # one at a time: what is moved lies in memory twice meanwhile
+            layer[:, targets, :, :tokens] = layer[:, sources, :, :tokens]
+        self.lengths[moved] = self.lengths[order[moved]]
+
     def clear(self) -> None:
         """Free all slots."""
         self.live = 0

@@ -17,6 +17,7 @@ from engine.attention import NAME
 from engine.config import TorchEngine
 from engine.generate_torch import TicketRefused, TorchGenerator, WeightsRefused
 from engine.models import named_weights
+from engine.slot_ranges import ranges, reorder, tokens_read
 from protocols.messages import INT, HandBack, Rollout, Sampling, Ticket
 
 VOCABULARY, CONTEXT = 97, 320
@@ -40,8 +41,15 @@ def reference(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def generator(
-    family: str = "llama", *, slots: int = 8, stops: tuple[int, ...] = (), mode: str = "keep", budget: int = 32
-):
+    family: str = "llama",
+    *,
+    slots: int = 8,
+    stops: tuple[int, ...] = (),
+    mode: str = "keep",
+    budget: int = 32,
+    range_bytes: int = 1,
+) -> TorchGenerator:
+    """`range_bytes` 1: tiny models too attend in ranges of slots, sorted by length."""
     source = reference(family)
     model = AutoModelForCausalLM.from_config(deepcopy(source.config), attn_implementation=NAME)
     model.load_state_dict(source.state_dict())
@@ -51,6 +59,7 @@ def generator(
         stop_ids=frozenset(stops),
         decode=lambda tokens: " ".join(map(str, tokens)),
         prefill_tokens=budget,
+        range_bytes=range_bytes,
     )
 
 
@@ -140,6 +149,7 @@ ROUND = st.tuples(
     st.sampled_from(["keep", "recompute"]),
     st.integers(1, 200),  # prompt tokens of a step
     st.integers(0, 9),  # steps after each ticket
+    st.sampled_from([1, 1 << 20]),  # bytes that a range of slots costs
     st.booleans(),  # whether (equal) weights are loaded after each ticket
 )
 
@@ -150,8 +160,8 @@ def test_tokens_are_the_same_however_the_work_is_cut(rounds: list, order: list[i
     """Any arrival, slots and budget; handed back and continued elsewhere any number of times: nothing changes a token."""
     waiting = [TICKETS[i] for i in order]
     done: dict[tuple[int, int], Rollout] = {}
-    for slots, mode, budget, steps, swap in rounds:
-        engine = generator(slots=slots, mode=mode, budget=budget)
+    for slots, mode, budget, steps, range_bytes, swap in rounds:
+        engine = generator(slots=slots, mode=mode, budget=budget, range_bytes=range_bytes)
         for item in waiting:
             engine.add(item)
             for _ in range(steps):
@@ -378,3 +388,27 @@ def test_cancelled_and_superseded_samples_are_dropped() -> None:
     assert [r.tokens.tolist() for _, r in sorted(finish(single).items())] == [
         r.tokens.tolist() for _, r in sorted(done.items())
     ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=70), st.integers(0, 3000))
+def test_ranges_of_slots_cover_all_and_read_no_more_than_one_range(lengths: list[int], cost: int) -> None:
+    each = np.array(lengths)
+    ends = ranges(each, range_cost=cost)
+    assert ends == sorted(set(ends))
+    assert ends[-1] == len(each)
+    assert tokens_read(each, ends, range_cost=cost) <= tokens_read(each, [len(each)], range_cost=cost)
+    order = reorder(each, range_cost=cost, horizon=16)
+    if order is not None:
+        assert sorted(order) == list(range(len(each)))
+        assert list(each[order]) == sorted(lengths, reverse=True)
+
+
+def test_slots_are_sorted_only_when_that_pays() -> None:
+    mixed = np.array([300, 5] * 32)
+    order = reorder(mixed, range_cost=100, horizon=16)
+    assert order is not None
+    assert ranges(mixed[order], range_cost=100) == [32, 64]
+    assert reorder(mixed, range_cost=100, horizon=1) is None  # moving costs more than one step saves
+    assert reorder(mixed, range_cost=20_000, horizon=16) is None  # no second range, so no use in an order
+    assert reorder(np.sort(mixed)[::-1], range_cost=100, horizon=16) is None
