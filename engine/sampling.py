@@ -107,9 +107,9 @@ def _locate(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The index that `uniform` falls on, and how far into that index's share it falls, again in [0, 1)."""
     running = weights.cumsum(-1, dtype=torch.float64)
     total = running[:, -1]
-    # Below the total by rounding too, so that the first larger entry exists; its own weight is then positive.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    # At most 1 - 2**-53 times the total, which rounds to less than it: a larger entry exists, of positive weight.
     # Clamped for rows of NaN only: their log-probability tells the caller, an index out of range would not.
+    target = uniform * total
     index = torch.searchsorted(running, target[:, None], right=True).clamp_(max=weights.shape[-1] - 1)
     share = weights.gather(-1, index)[:, 0].double()
     before = running.gather(-1, index)[:, 0] - share

@@ -99,6 +99,14 @@ def test_truncation_is_its_definition(vocabulary: int, top_p: float, top_k: int,
         np.testing.assert_array_equal(got[row].numpy(), plain_truncation(probabilities[row].numpy(), mass, top_k))
 
 
+def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
+    weights = 1 / np.arange(1, 2001) ** 1.5
+    probabilities = torch.from_numpy((weights / weights.sum()).astype(np.float32))[None]
+    for top_k in (2, 1500):  # the second needs more candidates than those looked at first
+        got = truncate(probabilities, top_p=np.array([0.7]), top_k=np.array([top_k]))[0].numpy()
+        np.testing.assert_array_equal(got, plain_truncation(probabilities[0].numpy(), 0.7, top_k))
+
+
 def test_truncation_differs_per_row_and_leaves_the_logprob_alone() -> None:
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(5)) * 2
     uniform = np.array([0.999, 0.999, 0.999, 0.999])
