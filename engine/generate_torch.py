@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from engine.adopt_weights import WeightsRefused, adopt_weights
 from engine.config import TorchEngine
 from engine.generate_attention import PrefillAttention
-from engine.kv_slots import KvShape, Prefix
+from engine.kv_slots import KvShape, Prefix, PromptTable
 from engine.models import hidden_states, output_weight
 from engine.responses import Job, Response, TicketRefused, check_ticket
 from engine.running import Running
@@ -55,7 +55,8 @@ class TorchGenerator:
             ["generated_tokens", "prefill_tokens", "prefill_saved_tokens", "finished", "swaps"], 0
         ) | dict.fromkeys(["decode_s", "prefill_s", "swap_s"], 0.0)
         self._shape = KvShape.of(model.config, output_weight(model))
-        self._running = Running(self._shape, config.slots, range_bytes=range_bytes)
+        self._prompts = PromptTable(self._shape)
+        self._running = Running(self._shape, config.slots, self._prompts, range_bytes=range_bytes)
         self._decode_text, self._budget = decode, prefill_tokens
         self._stops = np.zeros(self.vocabulary, dtype=bool)
         self._stops[[token for token in stop_ids if token < self.vocabulary]] = True
@@ -82,13 +83,15 @@ class TorchGenerator:
         for job in [job for job in self._jobs if (job.ticket.group, job.ticket.fence) == (group, fence)]:
             self._drop(job, {response.sample for response in job.unfinished})
 
+    @torch.inference_mode()
     def hand_back(self) -> list[HandBack]:
         """Everything unfinished, with its tokens so far; the generator is then empty."""
         for response in self._running.responses:
             response.label(self.version)
         handed = [job.hand_back() for job in self._jobs]
-        self._jobs = []
         self._running.clear()
+        for job in list(self._jobs):
+            self._close(job)
         return handed
 
     def held(self) -> list[Held]:
@@ -109,7 +112,16 @@ class TorchGenerator:
         for response in [response for response in job.live if response.sample in samples]:
             self._running.remove(self._running.responses.index(response))
         if not job.unfinished:
-            self._jobs.remove(job)
+            self._close(job)
+
+    def _close(self, job: Job) -> None:
+        self._jobs.remove(job)
+        self._release_prompt(job)
+
+    def _release_prompt(self, job: Job) -> None:
+        if job.prompt is not None:
+            self._prompts.release(job.prompt)
+            job.prompt = None
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -126,8 +138,9 @@ class TorchGenerator:
         for response in self._running.responses:
             response.label(self.version)
         self.version = version
+        self._prompts.expire()
         for job in self._jobs:
-            job.prompt = None
+            self._release_prompt(job)
             if self.config.on_new_weights == "recompute":
                 job.waiting, job.live = job.live + job.waiting, []
             for response in job.waiting:
@@ -169,8 +182,8 @@ class TorchGenerator:
         chosen: list[tuple[Prefix, int]] = []
         for job in self._startable():
             for response in job.waiting[:room]:
-                prefix = self._prefix(job, response)
-                if prefix.left == 0 or (chosen and chosen[-1][0] is prefix):
+                prefix = self._to_compute(job, response)
+                if prefix is None or any(prefix is other for other, _ in chosen):
                     continue
                 chosen.append((prefix, min(budget, prefix.left)))
                 budget -= chosen[-1][1]
@@ -181,28 +194,28 @@ class TorchGenerator:
                 break
         return chosen
 
-    def _prefix(self, job: Job, response: Response) -> Prefix:
+    def _to_compute(self, job: Job, response: Response) -> Prefix | None:
         """What has to be computed next before `response` can start: the prompt, then its own tokens if it continues."""
         if job.prompt is None:
-            job.prompt = Prefix(self._shape, job.ticket.prompt[:-1])
-        if job.prompt.left or not response.tokens:
-            return job.prompt
+            job.prompt = self._prompts.hold(job.ticket.prompt[:-1])
+        self._prompts.place(job.prompt)
+        if job.prompt.prefix is not None or not response.tokens:
+            return job.prompt.prefix
         if response.prefix is None:
-            response.prefix = Prefix(self._shape, response.computed_ids(), start=job.prompt)
-        return response.prefix
+            response.prefix = Prefix(self._shape, response.computed_ids(), self._prompts.read(job.prompt))
+        return response.prefix if response.prefix.left else None
 
     def _start(self) -> None:
-        """Give free slots to the oldest waiting responses whose prefix is complete."""
-        for job in list(self._startable()):
+        """Give free slots to the oldest waiting responses for which everything is computed."""
+        for job in self._startable():
             for response in job.waiting[: self._running.free]:
-                prefix = response.prefix if response.tokens else job.prompt
-                if prefix is None or prefix.left or job.prompt is None:
+                if self._to_compute(job, response) is not None or job.prompt is None:
                     continue
                 job.waiting.remove(response)
-                self.counters["prefill_saved_tokens"] += self._running.add(response, job.prompt)
+                self._running.add(response, job.prompt)
                 response.started_at = response.started_at or time.time()
-            if not job.waiting:
-                job.prompt = None
+                if job.prompt.given > 1:
+                    self.counters["prefill_saved_tokens"] += len(job.prompt.ids)
 
     def _decode(self) -> list[Rollout]:
         positions, attention = self._running.extend()
@@ -235,7 +248,7 @@ class TorchGenerator:
     def _finish(self, slot: int, stopped: bool) -> Rollout:
         response = self._running.remove(slot)
         if not response.job.unfinished:
-            self._jobs.remove(response.job)
+            self._close(response.job)
         response.label(self.version)
         self.counters["finished"] += 1
         text = self._decode_text(np.array(response.tokens))

@@ -101,28 +101,17 @@ class KvSlots:
         self.live = 0
 
 
-@dataclass(slots=True, eq=False)
-class Place:
-    """Where a prompt lies in the table of prompts, and how many live samples read it."""
-
-    slot: int
-    users: int = 0
-
-
 class Prefix:
     """The first tokens of a sequence and, as far as they are computed (`done` tokens), their keys and values."""
 
-    def __init__(self, shape: KvShape, ids: np.ndarray, start: Prefix | None = None) -> None:
-        """`ids` int32 [n]; `start`, complete, covers the first of them."""
+    def __init__(self, shape: KvShape, ids: np.ndarray, start: Tensor | None = None) -> None:
+        """`ids` int32 [n]; `start` [layers, 2, kv_heads, m, d]: what is computed of them already."""
         self.ids = ids
         self.kv = shape.zeros(tokens=len(ids))
         self.done = 0
-        self.place: Place | None = None
-        self.reads = 0
-        """Samples that were given these tokens instead of computing them themselves, and the first one."""
         if start is not None:
-            self.done = len(start.ids)
-            self.kv[..., : self.done, :] = start.kv
+            self.done = int(start.shape[-2])
+            self.kv[..., : self.done, :] = start
 
     @property
     def left(self) -> int:
@@ -130,34 +119,63 @@ class Prefix:
         return len(self.ids) - self.done
 
 
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """The tokens of a prompt but the last: `prefix` while they are computed, then a `slot` of the table."""
+
+    ids: np.ndarray
+    prefix: Prefix | None
+    slot: int = -1
+    users: int = 0
+    """Unfinished tickets and live sequences that hold it."""
+    given: int = 0
+    """Sequences that started with it."""
+
+
 class PromptTable:
-    """The prompts that live samples read, each once."""
+    """Prompts that are held, each once, however many tickets and sequences hold it."""
 
     def __init__(self, shape: KvShape) -> None:
         self.slots = KvSlots(shape, 8)
-        self._places: list[Place] = []
+        self.changes = 0
+        """Grows whenever a prompt comes into `slots` or moves there."""
+        self._placed: list[Prompt] = []
+        self._current: list[Prompt] = []
 
-    def use(self, prompt: Prefix) -> Place:
-        """One more sample reads this prompt, which is complete."""
-        if prompt.place is None or prompt.place.users == 0:
-            prompt.place = Place(self.slots.append(prompt.kv))
-            self._places.append(prompt.place)
-        prompt.place.users += 1
-        prompt.reads += 1
-        return prompt.place
+    def hold(self, ids: np.ndarray) -> Prompt:
+        """The prompt of these tokens under the weights that are loaded; new, and to be computed, if nobody holds it."""
+        prompt = next((each for each in self._current if np.array_equal(each.ids, ids)), None)
+        if prompt is None:
+            prompt = Prompt(ids, Prefix(self.slots.shape, ids))
+            self._current.append(prompt)
+        prompt.users += 1
+        return prompt
 
-    def release(self, place: Place) -> None:
-        """One sample fewer reads it; the table forgets a prompt that nobody reads."""
-        place.users -= 1
-        if place.users:
+    def place(self, prompt: Prompt) -> None:
+        """Take in a prompt if its computation is complete and was not taken in yet."""
+        if prompt.prefix is None or prompt.prefix.left:
             return
-        self.slots.remove(place.slot)
-        moved = self._places.pop()
-        if moved is not place:
-            moved.slot = place.slot
-            self._places[moved.slot] = moved
+        prompt.slot, prompt.prefix = self.slots.append(prompt.prefix.kv), None
+        self._placed.append(prompt)
+        self.changes += 1
 
-    def clear(self) -> None:
-        """Forget all prompts."""
-        self._places = []
-        self.slots.clear()
+    def read(self, prompt: Prompt) -> Tensor:
+        """Keys and values of a prompt that was taken in, a view."""
+        return self.slots.kv[:, :, prompt.slot, :, : len(prompt.ids)]
+
+    def release(self, prompt: Prompt) -> None:
+        """One holder fewer; a prompt that nobody holds is forgotten."""
+        prompt.users -= 1
+        if prompt.users:
+            return
+        self._current = [each for each in self._current if each is not prompt]
+        if prompt.prefix is None:
+            self.slots.remove(prompt.slot)
+            self._placed[-1].slot = prompt.slot
+            self._placed[prompt.slot] = self._placed[-1]
+            self._placed.pop()
+            self.changes += 1
+
+    def expire(self) -> None:
+        """The weights changed: what is held stays for its holders, but nobody new gets it."""
+        self._current = []

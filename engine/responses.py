@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.kv_slots import Prefix
+from engine.kv_slots import Prefix, Prompt
 from engine.sampling import sequence_key
 from protocols.messages import FLOAT, INT, Finish, HandBack, Partial, Rollout, Sampling, Ticket
 
@@ -66,7 +66,7 @@ class Response:
 
 
 class Job:
-    """A ticket in work: `waiting` responses in order, `live` in slots, and the prompt's prefix while any wait."""
+    """A ticket in work: `waiting` responses in order, `live` in slots, and the prompt once it is held."""
 
     def __init__(self, ticket: Ticket, samples: list[int], *, context: int) -> None:
         self.ticket = ticket
@@ -75,7 +75,7 @@ class Job:
         partials = {partial.sample: partial for partial in ticket.resume if len(partial.tokens)}
         self.waiting = [Response.of(self, sample, partials.get(sample)) for sample in samples]
         self.live: list[Response] = []
-        self.prompt: Prefix | None = None
+        self.prompt: Prompt | None = None
 
     @property
     def sampling(self) -> Sampling:

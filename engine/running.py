@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.generate_attention import DecodeAttention, Sharing
-from engine.kv_slots import KvShape, KvSlots, Place, Prefix, PromptTable
+from engine.kv_slots import KvShape, KvSlots, Prompt, PromptTable
 from engine.responses import Response
 from engine.slot_ranges import ranges, reorder
 
@@ -27,14 +27,15 @@ on one CPU core, where half or four times as much is no slower; reckoned for a G
 class Running:
     """Live sequences in slots 0 to n - 1, in no particular order; `state` has a row of `SLOT` for each."""
 
-    def __init__(self, shape: KvShape, slots: int, *, range_bytes: int | None = None) -> None:
+    def __init__(self, shape: KvShape, slots: int, prompts: PromptTable, *, range_bytes: int | None = None) -> None:
         """`range_bytes`: see `_RANGE_BYTES`, from which it comes when None."""
         self.responses: list[Response] = []
         self.size, self._shape = slots, shape
         self._state = np.zeros(slots, dtype=SLOT)
-        self._slots, self._prompts = KvSlots(shape, slots), PromptTable(shape)
-        self._places: list[Place] = []
+        self._slots, self._table = KvSlots(shape, slots), prompts
+        self._prompts: list[Prompt] = []
         self._sharing: Sharing | None = None
+        self._seen = 0
         self._bounds: list[int] = []
         self._steps = 0
         token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
@@ -55,11 +56,12 @@ class Running:
         """[n], a view."""
         return self._state[: len(self.responses)]
 
-    def add(self, response: Response, prompt: Prefix) -> int:
-        """Start a response whose prompt, and `prefix` where it continues, are computed. Returns the prompt tokens that
-        an earlier sample of the prompt had already been given."""
+    def add(self, response: Response, prompt: Prompt) -> None:
+        """Start a response whose prompt, and `prefix` where it continues, are computed."""
         job, known, sampling = response.job, len(prompt.ids), response.job.ticket.sampling
-        self._places.append(self._prompts.use(prompt))
+        prompt.users += 1
+        prompt.given += 1
+        self._prompts.append(prompt)
         own = response.prefix.kv[..., known:, :] if response.prefix else self._shape.zeros(tokens=0)
         slot = self._slots.append(own)
         token = response.tokens[-1] if response.tokens else int(job.ticket.prompt[-1])
@@ -70,26 +72,26 @@ class Running:
         response.prefix, self._sharing = None, None
         job.live.append(response)
         self.responses.append(response)
-        return known if prompt.reads > 1 else 0
 
     def remove(self, slot: int) -> Response:
         """Free a slot; the last live sequence moves into it."""
-        response, place = self.responses[slot], self._places[slot]
-        self.responses[slot], self._places[slot] = self.responses[-1], self._places[-1]
+        response, prompt = self.responses[slot], self._prompts[slot]
+        self.responses[slot], self._prompts[slot] = self.responses[-1], self._prompts[-1]
         self.responses.pop()
-        self._places.pop()
+        self._prompts.pop()
         self._state[slot] = self._state[len(self.responses)]
         self._slots.remove(slot)
-        self._prompts.release(place)
+        self._table.release(prompt)
         response.job.live.remove(response)
         self._sharing = None
         return response
 
     def clear(self) -> None:
         """Free all slots; the responses' jobs are left to the caller."""
-        self.responses, self._places, self._sharing = [], [], None
+        for prompt in self._prompts:
+            self._table.release(prompt)
+        self.responses, self._prompts, self._sharing = [], [], None
         self._slots.clear()
-        self._prompts.clear()
 
     def extend(self) -> tuple[np.ndarray, DecodeAttention]:
         """One more token for every sequence: its position int64 [n], and the attention of the pass that computes it."""
@@ -98,8 +100,9 @@ class Running:
         self._steps += 1
         positions = self.state["prompt"] + self._slots.lengths
         self._slots.extend()
-        if self._sharing is None:
-            self._sharing = Sharing(self._prompts.slots, np.array([place.slot for place in self._places]))
+        if self._sharing is None or self._seen != self._table.changes:
+            self._sharing = Sharing(self._table.slots, np.array([prompt.slot for prompt in self._prompts]))
+            self._seen = self._table.changes
         return positions, DecodeAttention(self._slots, self._sharing, self._bounds)
 
     def _plan(self) -> None:
@@ -110,6 +113,6 @@ class Running:
             self._slots.permute(order)
             self._state[: len(order)] = self._state[order]
             self.responses = [self.responses[slot] for slot in order]
-            self._places = [self._places[slot] for slot in order]
+            self._prompts = [self._prompts[slot] for slot in order]
             self._sharing = None
         self._bounds = ranges(self._slots.lengths, range_cost=self._range_tokens)

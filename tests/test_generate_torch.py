@@ -300,6 +300,23 @@ def test_a_group_larger_than_the_slots_computes_its_prompt_once() -> None:
     assert engine.counters["finished"] == 8
 
 
+def test_tickets_of_equal_prompts_share_its_computation_but_not_across_weights() -> None:
+    engine, first = generator(), ticket(1, 31, [0, 1], max_tokens=30)
+    engine.add(first)
+    engine.step()
+    engine.add(ticket(1, 31, [2, 3], fence=1, max_tokens=30))  # the rest of the group, issued when there was credit
+    engine.step()
+    assert engine.counters["prefill_tokens"] == 30
+    assert engine.counters["prefill_saved_tokens"] == 3 * 30
+    new = reference("llama", seed=1)
+    engine.load(named_weights(new), version=1)
+    engine.add(ticket(1, 31, [4], fence=2, max_tokens=30))
+    done = finish(engine)
+    assert engine.counters["prefill_tokens"] == 60
+    np.testing.assert_allclose(done[1, 4].logprobs, fresh_logprobs(new, first, done[1, 4].tokens), atol=1e-4)
+    assert len(done) == 5
+
+
 def test_a_long_prompt_does_not_starve_running_sequences() -> None:
     engine = generator(budget=16)
     engine.add(ticket(1, 5, max_tokens=60))
