@@ -1,0 +1,272 @@
+"""The generator's end: updates arrive in the background and become visible only once every tensor is verified."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from engine.weights import control
+from engine.weights.control import (
+    Beat,
+    Check,
+    Done,
+    Dropped,
+    Failed,
+    Join,
+    Leave,
+    Offer,
+    Ready,
+    Refused,
+    Reject,
+    Stop,
+    Take,
+    ToMember,
+    ToPublisher,
+)
+from engine.weights.layout import Digests, weights_hash
+from engine.weights.transport import Connect, Seat, Transport, TransportError, backend_of, connect, transfer
+from engine.weights.update import Shelf, Update
+
+log = logging.getLogger(__name__)
+
+
+class Subscriber:
+    """Receives the versions of a `Publisher`, as many as it can keep up with, newest last.
+
+    Two threads: one receives, one beats, so that the learner and this end each know that the other lives. When the
+    learner drops this member (it was stopped, say) it joins again by itself. When the learner itself is gone,
+    `alive` turns False for good and `error` says why; make a new Subscriber then.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        name: str,
+        device: str = "cpu",
+        timeout_s: float = 60.0,
+        connect: Connect = connect,
+    ) -> None:
+        """Join the publisher at `host:port`. `device` is where updates lie: "cpu" receives over gloo, "cuda" over
+        NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`."""
+        self._host, self._port, self._name, self._timeout_s = host, port, name, timeout_s
+        self._device, self._connect = torch.device(device), connect
+        self._store = control.open_store(host, port, timeout_s)
+        self._beat_store = self._store.clone()
+        self._address = control.local_address(host, port)
+        self._shelf = Shelf(self._device)
+        self._transport: Transport | None = None
+        self._epoch = 0
+        self._offer: Offer | None = None
+        self._received: tuple[int, list[str], torch.Tensor] | None = None
+        self._error: str | None = None
+        self._closing = threading.Event()
+        self._heard = time.monotonic()
+        self._counters = dict.fromkeys(["received", "bytes", "receive_s", "refused", "failed", "joins"], 0.0)
+        self._member = self._join()
+        self._store.set_timeout(control.FOREVER)
+        self._threads = [
+            threading.Thread(target=target, name=f"weights-{what}-{name}", daemon=True)
+            for what, target in (("receive", self._receive), ("beat", self._beat))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False for good once the connection is lost or the learner's store has been silent for `timeout_s`."""
+        silent = time.monotonic() - self._heard
+        if self._error is None and silent > self._timeout_s:
+            self._fail(f"the store has not answered for {silent:.1f} s")
+        return self._error is None
+
+    @property
+    def error(self) -> str | None:
+        """Why `alive` is False."""
+        return self._error
+
+    @property
+    def version(self) -> int | None:
+        """The newest verified version that was polled or can be."""
+        return self._shelf.version
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals: updates `received` (verified), `refused` (a tensor failed its check), `failed` (transport), ..."""
+        return dict(self._counters)
+
+    def poll(self) -> Update | None:
+        """The newest verified update that was not handed out yet. Never blocks; older ones are skipped.
+
+        Raises `RuntimeError` while an update handed out before is not released.
+        """
+        return self._shelf.take()
+
+    def wait(self, timeout_s: float) -> Update:
+        """As `poll`, but waits. Raises `TimeoutError`, or `ConnectionError` when the learner is lost."""
+        deadline = time.monotonic() + timeout_s
+        with self._shelf.changed:
+            while (update := self._shelf.take()) is None:
+                if not self.alive:
+                    raise ConnectionError(f"{self}: {self._error}")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"{self}: no update within {timeout_s} s")
+                self._shelf.changed.wait(min(left, 0.2))
+            return update
+
+    def close(self) -> None:
+        """Leave. Waits for a broadcast under way, up to its timeout."""
+        self._closing.set()
+        if self._error is None:
+            try:
+                control.send(self._beat_store, control.queue_of(self._member), Stop())
+            except RuntimeError as error:
+                self._fail(_first_line(error))
+        for thread in self._threads:
+            thread.join(self._timeout_s)
+            if thread.is_alive():
+                log.error("%s: %s still waits; left behind", self, thread.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        return f"weights of {self._host}:{self._port} for {self._name}"
+
+    # --- the beat thread -----------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        told = 0
+        try:
+            while not self._closing.wait(min(1.0, self._timeout_s / 4)) and self._error is None:
+                member = self._member
+                if self._beat_store.check([control.member_key(member)]):
+                    self._say(self._beat_store, Beat(member))
+                elif told != member:  # wakes the receiving thread, which blocks on this queue
+                    control.send(self._beat_store, control.queue_of(member), Dropped())
+                    told = member
+                self._heard = time.monotonic()
+        except RuntimeError as error:  # torch's errors of a lost store
+            self._fail(_first_line(error))
+
+    # --- the receiving thread ------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        try:
+            while self._error is None:
+                message = control.receive(self._store, control.queue_of(self._member), ToMember)
+                if isinstance(message, Stop):
+                    self._say(self._store, Leave(self._member))
+                    break
+                self._obey(message)
+        except RuntimeError as error:  # torch's errors of a lost store
+            self._fail(_first_line(error))
+        finally:
+            self._disconnect()
+
+    def _obey(self, message: ToMember) -> None:
+        match message:
+            case Offer():
+                self._offer, self._received = message, None
+                nbytes = self._shelf.claim(message.layout.nbytes).numel()
+                self._say(self._store, Ready(self._member, message.offer, nbytes))
+            case Take():
+                self._take(message)
+            case Check():
+                self._check(message)
+            case Dropped():
+                log.warning("%s: dropped by the learner; joining again", self)
+                self._disconnect()
+                self._member = self._join()
+            case Reject():
+                self._store.delete_key(control.member_key(self._member))
+                self._fail(message.reason)
+
+    def _join(self) -> int:
+        self._offer, self._received = None, None
+        member: int = self._store.add("joins", 1)
+        self._store.set(control.member_key(member), self._name)
+        self._say(self._store, Join(member, self._name, backend_of(self._device), self._shelf.version))
+        self._counters["joins"] += 1
+        return member
+
+    def _take(self, take: Take) -> None:
+        offer = self._offer
+        if offer is None or offer.offer != take.offer:
+            return
+        started = time.monotonic()
+        flat = self._shelf.claim(offer.layout.nbytes)
+        digests = Digests(offer.layout)
+        try:
+            for bucket in transfer(self._seated(take), flat, offer.bucket_bytes):
+                digests.feed(bucket)
+        except TransportError as error:
+            log.warning("%s: version %d: %s", self, offer.version, error)
+            self._counters["failed"] += 1
+            self._disconnect()
+            self._say(self._store, Failed(self._member, take.offer, str(error)))
+            return
+        self._received = (take.offer, digests.result(), flat)
+        self._counters["bytes"] += flat.numel()
+        self._counters["receive_s"] += time.monotonic() - started
+
+    def _check(self, check: Check) -> None:
+        offer, received = self._offer, self._received
+        if offer is None or received is None or not check.offer == offer.offer == received[0]:
+            return
+        _, found, flat = received
+        names = [entry.name for entry in offer.layout.entries]
+        wrong = [name for name, got, expected in zip(names, found, check.fingerprints, strict=True) if got != expected]
+        self._offer, self._received = None, None
+        if wrong:
+            log.error("%s: version %d refused: %s failed the check", self, offer.version, ", ".join(wrong))
+            self._counters["refused"] += 1
+            self._disconnect()
+            self._say(self._store, Refused(self._member, check.offer, wrong))
+            return
+        digest = weights_hash(dict(zip(names, found, strict=True)))
+        self._shelf.put(offer.version, offer.layout.views(flat), hash=digest, flat=flat)
+        self._counters["received"] += 1
+        self._say(self._store, Done(self._member, check.offer))
+
+    def _seated(self, take: Take) -> Transport:
+        if self._transport is None or self._epoch != take.epoch:
+            self._disconnect()
+            seat = Seat(take.epoch, take.rank, take.size, self._address, self._device, self._timeout_s)
+            self._transport, self._epoch = self._connect(self._store.clone(), seat), take.epoch
+        return self._transport
+
+    def _disconnect(self) -> None:
+        transport, self._transport, self._epoch = self._transport, None, 0
+        if transport is not None:
+            try:
+                transport.close()
+            except TransportError as error:
+                log.warning("%s: %s", self, error)
+
+    def _say(self, store: object, message: ToPublisher) -> None:
+        control.send(store, control.INBOX, message)
+
+    def _fail(self, reason: str) -> None:
+        with self._shelf.changed:
+            if self._error is None:
+                self._error = reason
+                if not self._closing.is_set():
+                    log.error("%s: lost: %s", self, reason)
+            self._shelf.changed.notify_all()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

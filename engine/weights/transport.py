@@ -1,0 +1,194 @@
+"""The data plane: process groups of the learner (rank 0) and some members, built beside anybody's default group.
+
+`GlooTransport` moves bytes between CPUs, `NcclTransport` between GPUs, one process a GPU (NCCL refuses two). A test
+or another fabric passes a `Connect` of its own to publisher and subscriber.
+
+After an error a group is of no further use: close it and build another under a new epoch. Its destructor waits for
+operations that are still queued, which fail at once after a reset and at their timeout otherwise; so every group
+carries the peer timeout. Native threads outlive Python's: call `close()` before the interpreter ends, and after a
+broken group prefer `os._exit` to an exit that unloads libraries under them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch.distributed
+from torch import Tensor
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store
+
+IN_FLIGHT = 3
+"""Buckets under way at once: one on the wire, one behind it, one being hashed."""
+THREADS = 2
+POLL_S = 0.0005
+
+
+class TransportError(RuntimeError):
+    """A group could not be built, or it broke; says which, where, and in what."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A process's place in a group. `address` is this machine's, as the other ranks reach it."""
+
+    epoch: int
+    rank: int
+    size: int
+    address: str
+    device: torch.device
+    timeout_s: float
+
+    def __str__(self) -> str:
+        return f"weight group {self.epoch}, rank {self.rank} of {self.size} at {self.address}"
+
+    @property
+    def prefix(self) -> str:
+        """Under which the store holds what the group's ranks tell each other."""
+        return f"group/{self.epoch}/"
+
+
+class Transport(Protocol):
+    def broadcast(self, bucket: Tensor) -> Callable[[], None]:
+        """Start to send `bucket` (rank 0) or to fill it (others); the call returned waits for the end of that.
+        Both raise `TransportError`. Sizes were agreed on before: gloo ends the process when they differ."""
+
+    def close(self) -> None:
+        """Give the connections back; the other ranks' pending operations fail."""
+
+
+Connect = Callable[[Store, Seat], Transport]
+"""Builds the transport of a seat; blocks until all ranks are there. Raises `TransportError`."""
+
+
+def backend_of(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def connect(store: Store, seat: Seat) -> Transport:
+    """gloo for a seat on the CPU, NCCL for one on a GPU."""
+    return NcclTransport(store, seat) if seat.device.type == "cuda" else GlooTransport(store, seat)
+
+
+def transfer(transport: Transport, flat: Tensor, bucket_bytes: int) -> Iterator[Tensor]:
+    """Move `flat` (uint8 [n]) bucket by bucket; yields each bucket once it is through, while the next ones move."""
+    pending: deque[tuple[Tensor, Callable[[], None]]] = deque()
+    for bucket in flat.split(bucket_bytes):
+        pending.append((bucket, transport.broadcast(bucket)))
+        if len(pending) == IN_FLIGHT:
+            yield _finish(*pending.popleft())
+    while pending:
+        yield _finish(*pending.popleft())
+
+
+def _finish(bucket: Tensor, wait: Callable[[], None]) -> Tensor:
+    wait()
+    return bucket
+
+
+class GlooTransport:
+    """Over TCP between the CPUs of the seat's addresses, or of the interface that GLOO_SOCKET_IFNAME names."""
+
+    def __init__(self, store: Store, seat: Seat) -> None:
+        self._seat = seat
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+        with _explained(f"{seat}: cannot be built"):
+            where = {"interface": interface} if interface else {"hostname": seat.address}
+            options = ProcessGroupGloo._Options()
+            options._devices = [ProcessGroupGloo.create_device(**where)]
+            options._threads = THREADS
+            options._timeout = timedelta(seconds=seat.timeout_s)
+            self._group = ProcessGroupGloo(PrefixStore(seat.prefix, store), seat.rank, seat.size, options)
+
+    def broadcast(self, bucket: Tensor) -> Callable[[], None]:
+        with _explained(f"{self._seat}: broadcast"):
+            work = self._group.broadcast([bucket], _from_learner())
+
+        def wait() -> None:
+            with _explained(f"{self._seat}: broadcast of {bucket.numel()} bytes"):
+                work.wait()
+
+        return wait
+
+    def close(self) -> None:
+        self._group = None
+
+
+class NcclTransport:
+    """Between GPUs. Waits poll for completion on the host, so that a silent peer costs a timeout and not the process."""
+
+    def __init__(self, store: Store, seat: Seat) -> None:
+        if not torch.distributed.is_nccl_available():
+            raise TransportError(f"{seat}: device {seat.device}, but this PyTorch is built without NCCL; use cpu")
+        self._seat = seat
+        with _explained(f"{seat}: cannot be built"), _watchdog_that_only_cleans_up():
+            self._meet(store)
+            from torch.distributed import ProcessGroupNCCL  # absent from builds without NCCL
+
+            options = ProcessGroupNCCL.Options()
+            options._timeout = timedelta(days=1)  # the watchdog's own; ours is the one in `_wait`
+            torch.cuda.set_device(seat.device)
+            self._group = ProcessGroupNCCL(PrefixStore(seat.prefix, store), seat.rank, seat.size, options)
+
+    def broadcast(self, bucket: Tensor) -> Callable[[], None]:
+        with _explained(f"{self._seat}: broadcast"):
+            work = self._group.broadcast([bucket], _from_learner())
+        return lambda: self._wait(work, bucket.numel())
+
+    def close(self) -> None:
+        if self._group is not None:
+            with _explained(f"{self._seat}: abort"):
+                self._group.abort()
+            self._group = None
+
+    def _wait(self, work: Any, nbytes: int) -> None:
+        deadline = time.monotonic() + self._seat.timeout_s
+        with _explained(f"{self._seat}: broadcast of {nbytes} bytes"):
+            while not work.is_completed():
+                if time.monotonic() > deadline:
+                    raise TransportError(f"no end within {self._seat.timeout_s} s")
+                time.sleep(POLL_S)
+            work.wait()
+
+    def _meet(self, store: Store) -> None:
+        """All ranks are here and now: NCCL itself would wait for a missing one without end."""
+        names = [f"{self._seat.prefix}here/{rank}" for rank in range(self._seat.size)]
+        store.set(names[self._seat.rank], "")
+        store.wait(names, timedelta(seconds=self._seat.timeout_s))
+
+
+def _from_learner() -> Any:
+    options = BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    return options
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise TransportError(f"{what}: {str(error).partition(chr(10))[0]}") from error
+
+
+@contextmanager
+def _watchdog_that_only_cleans_up() -> Iterator[None]:
+    """NCCL's watchdog ends the whole process when a peer fails, unless told so in the environment when the group is
+    made (2: abort the communicator only). Set for that moment alone: the learner's own groups keep their setting."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "2"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

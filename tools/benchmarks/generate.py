@@ -1,0 +1,176 @@
+"""Tokens per second of the torch generator against `transformers` generate, on the same random-weights model.
+
+64 sequences in 8 groups of a shared prompt, with skewed (lognormal) response lengths that both must produce: ours as
+`max_tokens` of each sample, `transformers` as one padded batch that runs until the longest is done. Only the wanted
+tokens count. The two run in turns in one process, so that a busy machine slows both.
+
+    python -m tools.benchmarks.generate --repeats 5 --json generate.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from engine.attention import NAME
+from engine.config import TorchEngine
+from engine.generate_torch import TorchGenerator
+from protocols.messages import INT, Rollout, Sampling, Ticket
+
+GROUPS, SAMPLES, PROMPT = 8, 8, 128
+CHECKED = 8
+"""Sequences whose log-probabilities are compared with a fresh forward pass."""
+
+
+class Case(Struct, frozen=True):
+    """A model's shape and the response lengths: lognormal with this median and sigma, cut at `longest`."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    median: int
+    longest: int
+    sigma: float = 0.8
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, intermediate_size=self.intermediate,
+            max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+
+    def lengths(self) -> np.ndarray:
+        drawn = np.random.default_rng(0).lognormal(np.log(self.median), self.sigma, GROUPS * SAMPLES)
+        return np.clip(drawn, 1, self.longest).astype(int)
+
+
+CASES = {
+    "1.6M": Case(100, 192, 4, 6, 2, 512, median=64, longest=384),
+    # SmolLM2-135M's shape. Short responses: transformers takes half a second a step on one core.
+    "135M": Case(49_152, 576, 30, 9, 3, 1536, median=10, longest=28),
+}
+
+
+def run(cases: list[str], *, repeats: int, threads: int = 1) -> list[dict[str, float | str]]:
+    """One row a case: median, lowest and highest tokens/s of both, the ratio of the medians, the log-probabilities' error."""
+    torch.set_num_threads(threads)
+    return [measure(name, CASES[name], repeats) for name in cases]
+
+
+def measure(name: str, case: Case, repeats: int) -> dict[str, float | str]:
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM._from_config(case.config(), attn_implementation="sdpa").eval()
+    hooked = LlamaForCausalLM._from_config(case.config(), attn_implementation=NAME).eval()
+    hooked.load_state_dict(plain.state_dict(), assign=True)
+    prompts = np.random.default_rng(1).integers(1, case.vocabulary, (GROUPS, PROMPT)).astype(INT)
+    lengths = case.lengths()
+    speeds: dict[str, list[float]] = {"ours": [], "transformers": []}
+    for _ in range(repeats):
+        began = time.perf_counter()
+        rollouts = ours(hooked, prompts, lengths)
+        between = time.perf_counter()
+        transformers(plain, prompts, int(lengths.max()))
+        ended = time.perf_counter()
+        speeds["ours"].append(int(lengths.sum()) / (between - began))
+        speeds["transformers"].append(int(lengths.sum()) / (ended - between))
+    row: dict[str, float | str] = {
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in plain.parameters()),
+        "tokens": int(lengths.sum()),
+        "longest": int(lengths.max()),
+        "repeats": repeats,
+    }
+    for who, each in speeds.items():
+        row |= {who: statistics.median(each), f"{who}_low": min(each), f"{who}_high": max(each)}
+    row["ratio"] = float(row["ours"]) / float(row["transformers"])
+    row["logprob_error"] = logprob_error(plain, prompts, rollouts[:CHECKED])
+    return row
+
+
+def ours(model: PreTrainedModel, prompts: np.ndarray, lengths: np.ndarray) -> list[Rollout]:
+    """Every sequence through a new generator: prompts, decoding, log-probabilities, results."""
+    engine = TorchGenerator(
+        model, config=TorchEngine(slots=GROUPS * SAMPLES), stop_ids=frozenset(), decode=lambda tokens: ""
+    )
+    for index, length in enumerate(lengths.tolist()):
+        group, sample = divmod(index, SAMPLES)
+        engine.add(Ticket(group, [sample], sample, prompts[group], Sampling(max_tokens=length), seed=group))
+    rollouts: list[Rollout] = []
+    while engine.ready:
+        rollouts += engine.step()
+    return rollouts
+
+
+def transformers(model: PreTrainedModel, prompts: np.ndarray, longest: int) -> None:
+    """The same as one batch, sampled until the longest is done."""
+    ids = torch.from_numpy(prompts.astype(np.int64)).repeat_interleave(SAMPLES, dim=0)
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=longest, use_cache=True
+    )
+
+
+def logprob_error(model: PreTrainedModel, prompts: np.ndarray, rollouts: list[Rollout]) -> float:
+    """Largest absolute difference between the recorded log-probabilities and those of a forward pass of `transformers`."""
+    largest = 0.0
+    for rollout in rollouts:
+        ids = torch.from_numpy(np.concatenate([prompts[rollout.group], rollout.tokens]).astype(np.int64))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, PROMPT - 1 : -1]
+        fresh = torch.log_softmax(logits.float(), -1).gather(-1, ids[PROMPT:, None])[:, 0].numpy()
+        largest = max(largest, float(np.abs(fresh - rollout.logprobs).max()))
+    return largest
+
+
+def show(rows: list[dict[str, float | str]]) -> None:
+    table = Table(title="Wanted tokens per second: median (lowest to highest)")
+    for column in ("model", "tokens, longest", "ours", "transformers", "ratio", "logprob error"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        speeds = [
+            f"{row[w]:,.0f} ({row[w + '_low']:,.0f} to {row[w + '_high']:,.0f})" for w in ("ours", "transformers")
+        ]
+        table.add_row(
+            str(row["model"]),
+            f"{row['tokens']:,}, {row['longest']}",
+            *speeds,
+            f"{row['ratio']:.1f}x",
+            f"{row['logprob_error']:.1e}",
+        )
+    Console().print(table)
+
+
+def main(
+    models: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CASES)}.")] = ",".join(CASES),
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of both.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+) -> None:
+    """Compare the torch generator with transformers' generate."""
+    names = models.split(",")
+    unknown = sorted(set(names) - set(CASES))
+    if unknown:
+        raise typer.BadParameter(
+            f"got {', '.join(unknown)}, expected some of {', '.join(CASES)}", param_hint="--models"
+        )
+    rows = run(names, repeats=repeats, threads=threads)
+    show(rows)
+    if json_path is not None:
+        json_path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

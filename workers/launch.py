@@ -1,0 +1,311 @@
+"""`headrace launch`: starts every role of a run as a process of its own, keeps them running, and ends them all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from msgspec import Struct
+
+from engine.config import Config, ConfigError, NewModel, load_config
+from workers.metrics import read_metrics
+from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_of, role_threads, roles, visible_gpus
+from workers.supervise import Exit, Supervisor
+from workers.view import View
+
+
+class LaunchError(RuntimeError):
+    """The run ended before it was complete; says which role, why, and where its log is."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
+
+class Patience(Struct, frozen=True):
+    """How long the launcher waits, in seconds, and how often it starts a role anew."""
+
+    model_s: float = 600.0
+    address_s: float = 180.0
+    leave_s: float = 300.0
+    term_s: float = 15.0
+    attempts: int = 5
+    backoff_s: float = 1.0
+    healthy_s: float = 300.0
+    """A role that lived this long has its attempts back."""
+
+
+def launch(
+    path: str,
+    overrides: list[str],
+    *,
+    resume: bool = False,
+    live: bool = True,
+    command: tuple[str, ...] = ROLE_COMMAND,
+    patience: Patience | None = None,
+) -> int:
+    """Runs a config to its end; 0 when the run is complete, 130 after Ctrl-C (143 after SIGTERM, 129 after SIGHUP).
+
+    Runs the config's cold start first where that is not done. Raises `ConfigError` for a config that cannot run or a
+    run directory that is in use, `LaunchError` when a role cannot be kept alive.
+    """
+    config = load_config(path, overrides)
+    if config.cold_start and not _trained(first := load_config(config.cold_start)):
+        print(f"headrace: cold start first: {config.cold_start}", flush=True)
+        code = launch(config.cold_start, [], resume=_log(first).exists(), live=live, command=command, patience=patience)
+        if code != 0:
+            return code
+    if _log(config).exists() and not resume:
+        raise ConfigError(
+            f"{config.run_dir} holds a run already; continue it with --resume, "
+            f"or give this one another name with --set name={config.name}-2"
+        )
+    if resume and not _log(config).exists():
+        print(f"headrace: {config.run_dir} holds no run yet; it starts from the beginning", flush=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with (config.run_dir / "launch.lock").open("a+") as lock:
+        _own(lock, config.run_dir)
+        run = Launch(config, path, overrides, command=command, patience=patience or Patience(), live=live)
+        return run.run()
+
+
+class Launch:
+    """One run under supervision. `run()` reads top to bottom."""
+
+    def __init__(
+        self,
+        config: Config,
+        path: str,
+        overrides: list[str],
+        *,
+        command: tuple[str, ...],
+        patience: Patience,
+        live: bool,
+    ) -> None:
+        self.config, self.patience, self.live = config, patience, live
+        self.overrides = [part for override in overrides for part in ("--set", override)]
+        self.again = " ".join(["headrace launch", path, *self.overrides, "--resume"])
+        self.command = command
+        self.logs = config.run_dir / "logs"
+        self.supervisor = Supervisor(self.logs)
+        self.diary = (self.logs / "launch.log").open("a", encoding="utf-8")
+        self.file = _snapshot(config, path)
+        self.devices = place(config, visible_gpus())
+        self.address = ""
+        self.view: View | None = None
+        self.signals: list[int] = []
+        self.attempts: dict[str, int] = {}
+        self.due: dict[str, float] = {}
+        self.lost: set[str] = set()
+
+    def run(self) -> int:
+        """Returns the exit code; see `launch`."""
+        handlers = {
+            number: signal.signal(number, self._signalled) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
+        try:
+            self._make_model()
+            self._start_buffer()
+            self.view = View(self.config.run_dir, self.address, live=self.live)
+            self.view.start()
+            for role in roles(self.config):
+                self._start(role)
+            self._watch()
+            return self._finish()
+        except Stopped:
+            return self._stop()
+        finally:
+            self.supervisor.stop(self.supervisor.running, grace_s=0 if self._hurried() else self.patience.term_s)
+            if self.view is not None:
+                self.view.close()
+            self.diary.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    # --- start -----------------------------------------------------------------------------------------------------
+
+    def _make_model(self) -> None:
+        """The folder of a model with fresh weights; made in a process of its own, so that this one needs no torch."""
+        folder = self.config.run_dir / "model"
+        if not isinstance(self.config.model, NewModel) or self.config.cold_start:
+            return
+        if folder.exists() and _log(self.config).exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        self._start("model")
+        exit = self._await_exit("model", self.patience.model_s)
+        if exit.code != 0:
+            raise self._failure(exit, "the new model could not be made")
+
+    def _start_buffer(self) -> None:
+        """Starts the buffer and waits for the address that it publishes once it listens."""
+        published = self.config.run_dir / "address"
+        published.unlink(missing_ok=True)
+        self._start("buffer")
+        deadline = time.monotonic() + self.patience.address_s
+        while not published.exists():
+            for exit in self.supervisor.exits():
+                raise self._failure(exit, "the buffer did not start")
+            self._pause(deadline, f"the buffer to write {published}")
+        self.address = published.read_text(encoding="utf-8").strip()
+
+    def _start(self, name: str) -> None:
+        command = role_command(
+            name,
+            self.config,
+            [str(self.file), *self.overrides],
+            address=self.address,
+            resume=_log(self.config).exists(),
+            command=self.command,
+        )
+        env = {"OMP_NUM_THREADS": str(role_threads(name, self.config)), "HEADRACE_TETHERED": "1"}
+        pid = self.supervisor.start(name, command, env | self.devices.get(name, {}))
+        self._say(f"{name} started (pid {pid})", quiet=True)
+
+    # --- while it runs -----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Until the buffer has ended well. Raises `LaunchError` when a role cannot be kept alive, `Stopped` on a signal."""
+        while True:
+            exits = sorted(self.supervisor.exits(), key=lambda exit: exit.name != "buffer")
+            for exit in exits:
+                if exit.name == "buffer" and exit.code == 0:
+                    return
+                self._ended(exit)
+            for name in [name for name, when in self.due.items() if when <= time.monotonic()]:
+                del self.due[name]
+                self._start(name)
+            self._pause()
+
+    def _ended(self, exit: Exit) -> None:
+        """A role is gone while the run goes on: start it anew after a pause, unless that cannot help."""
+        if exit.name == "learner" and exit.code == 0 and self._last_step() >= self.config.steps:
+            return
+        if is_refusal(exit):
+            raise self._failure(exit, f"{exit.name} refused to run")
+        attempt = 1 if exit.lived_s >= self.patience.healthy_s else self.attempts.get(exit.name, 0) + 1
+        self.attempts[exit.name] = attempt
+        if attempt > self.patience.attempts:
+            self.lost.add(exit.name)
+            left = [
+                name for name in roles(self.config) if role_of(name) == role_of(exit.name) and name not in self.lost
+            ]
+            if not left:
+                raise self._failure(
+                    exit, f"{exit.name} ended {attempt} times, the last time after {exit.lived_s:.0f} s"
+                )
+            self._say(f"{exit.name} ended {attempt} times; the run goes on with {', '.join(left)}\n{exit.tail}")
+            return
+        delay = self.patience.backoff_s * 2 ** (attempt - 1)
+        self.due[exit.name] = time.monotonic() + delay
+        self._say(
+            f"{exit.name} ended ({exit.how}) after {exit.lived_s:.0f} s; it is started anew in {delay:.0f} s "
+            f"({attempt} of {self.patience.attempts}), its log: {self.logs / exit.name}.log"
+        )
+
+    def _finish(self) -> int:
+        """The buffer has ended: the others leave by themselves, the learner after its last checkpoint."""
+        deadline = time.monotonic() + self.patience.leave_s
+        code = 0
+        while self.supervisor.running and time.monotonic() < deadline:
+            for exit in self.supervisor.exits():
+                if exit.code != 0:
+                    self._say(f"{exit.name} left with {exit.how}, its log: {self.logs / exit.name}.log")
+                    code = 1 if exit.name == "learner" else code
+            self._pause()
+        if late := self.supervisor.running:
+            self._say(f"still there {self.patience.leave_s:.0f} s after the end, ended now: {', '.join(late)}")
+            code = 1 if "learner" in late else code
+        return code
+
+    def _stop(self) -> int:
+        """Told to end: workers first, for a generator hands back what it has not finished; then the buffer."""
+        name = signal.Signals(self.signals[0]).name
+        self._say(f"{name}: ending the run's processes (once more: at once)")
+        workers = [name for name in self.supervisor.running if name != "buffer"]
+        for names in (workers, ["buffer"]):
+            killed = self.supervisor.stop(names, grace_s=self.patience.term_s, hurried=self._hurried)
+            if killed:
+                self._say(f"killed after {self.patience.term_s:.0f} s: {', '.join(killed)}")
+        self._say(f"stopped after step {self._last_step()} of {self.config.steps}; continue with: {self.again}")
+        return 128 + self.signals[0]
+
+    # --- small parts ---------------------------------------------------------------------------------------------------
+
+    def _await_exit(self, name: str, timeout_s: float) -> Exit:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for exit in self.supervisor.exits():
+                return exit
+            self._pause(deadline, f"{name} to end")
+
+    def _pause(self, deadline: float | None = None, what: str = "") -> None:
+        """A tenth of a second. Raises `Stopped` after a signal, `LaunchError` naming `what` past the deadline."""
+        if self.signals:
+            raise Stopped
+        if deadline is not None and time.monotonic() > deadline:
+            raise LaunchError(f"launch: waited in vain for {what}; logs are in {self.logs}")
+        time.sleep(0.1)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+
+    def _hurried(self) -> bool:
+        return len(self.signals) > 1
+
+    def _last_step(self) -> int:
+        steps = read_metrics(self.config.run_dir).steps
+        return int(steps[-1]["step"]) if steps else 0
+
+    def _failure(self, exit: Exit, what: str) -> LaunchError:
+        lines = "".join(f"\n  | {line}" for line in exit.tail.splitlines())
+        log = self.logs / f"{exit.name}.log"
+        resume = f"\nwhat is trained so far is kept; continue with: {self.again}" if _log(self.config).exists() else ""
+        return LaunchError(f"{what} ({exit.how}); the end of {log}:{lines}{resume}")
+
+    def _say(self, text: str, *, quiet: bool = False) -> None:
+        self.diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.diary.flush()
+        if self.view is not None and not quiet:
+            self.view.say(f"headrace: {text}")
+        elif not quiet:
+            print(f"headrace: {text}", file=sys.stderr, flush=True)
+
+
+# --- plain facts about a run -------------------------------------------------------------------------------------------
+
+
+def _log(config: Config) -> Path:
+    return config.run_dir / "rollouts.db"
+
+
+def _trained(config: Config) -> bool:
+    """Whether a run has its last checkpoint."""
+    return (config.run_dir / "checkpoints" / f"step-{config.steps:06d}").exists()
+
+
+def _snapshot(config: Config, path: str) -> Path:
+    """The config as it is now, kept with the run: a role that is started anew later reads the same."""
+    copy = config.run_dir / "config.toml"
+    if not (copy.exists() and copy.samefile(path)):
+        shutil.copyfile(path, copy)
+    return copy
+
+
+def _own(lock: IO[str], run_dir: Path) -> None:
+    """Holds the run directory until the file closes. Raises `ConfigError` when another launcher does."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise ConfigError(f"{run_dir} is run by another launcher (pid {lock.read().strip() or 'unknown'})") from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()

@@ -1,0 +1,133 @@
+"""The reward role: takes responses from the buffer, has them scored in killable processes, sends the grades back.
+
+It keeps nothing: a task that it leaves behind is given to another worker, and a grade counts when the buffer has it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+from engine.config import Config
+from engine.tasks import named_tasks
+from protocols.link import Client, LinkRefused, LinkTimeout
+from protocols.messages import Goodbye, Grade, GradeTask, Hello
+from workers.scorer import ScorerError
+from workers.scorer_pool import ScorerPool
+
+JOIN_TIMEOUT_S = 60.0
+"""How long the buffer may be silent, at first and later, before this worker gives up."""
+
+FINISH_S = 5.0
+"""After SIGTERM: what is being scored may end for this long; then this long again for the buffer to have every grade."""
+
+IDLE_S, GRADE_S, STATUS_S = 0.5, 0.02, 1.0
+
+
+def run(config: Config, join: str, name: str | None = None) -> int:
+    """Scores until the buffer says goodbye or SIGTERM comes: 0 then; 1 when the buffer is gone or refuses this worker;
+    2 when the run's tasks cannot be scored, so that starting anew cannot help."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    name = name or f"reward-{socket.gethostname()}-{os.getpid()}"[:80]
+    grades: queue.SimpleQueue[Grade] = queue.SimpleQueue()
+    pool = ScorerPool(named_tasks(config.tasks), config.reward, grades.put)
+    try:
+        pool.start()
+    except ScorerError as error:
+        return _fail(name, error, 2 if error.refused else 1)
+    try:
+        hello = Hello(
+            role="reward",
+            name=name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            capacity=capacity(config.reward.scorers),
+        )
+        client = Client(join, hello, timeout_s=JOIN_TIMEOUT_S)
+        try:
+            return Reward(client, pool, grades, stop).serve()
+        finally:
+            client.close()
+    except (LinkTimeout, LinkRefused) as error:
+        return _fail(name, error, 1)
+    finally:
+        pool.close(0.0)
+
+
+def capacity(scorers: int) -> int:
+    """Tasks held at once: one in work and one waiting for each scorer, and two so that a single scorer never waits for
+    the buffer. Four times `reward.timeout_s` is within the buffer's lease even if all of them hang."""
+    return 2 * scorers + 2
+
+
+class Reward:
+    """The loop of a reward worker. Only its thread touches the link; `grades` is where the pool's threads put theirs."""
+
+    def __init__(
+        self, client: Client, pool: ScorerPool, grades: queue.SimpleQueue[Grade], stop: threading.Event
+    ) -> None:
+        self.client, self.pool, self.grades, self.stop = client, pool, grades, stop
+        self.over = False
+        self.status_due = 0.0
+
+    def serve(self) -> int:
+        """Returns 0 when the run is over or this worker was told to stop. Raises `LinkTimeout` when the buffer is gone."""
+        while not self.over and not self.stop.is_set():
+            working = self.pool.busy + self.pool.queued > 0
+            self._take(0.0 if working else IDLE_S)
+            self._send_grades(GRADE_S if working else 0.0)
+            self._report()
+        if not self.over:
+            self._leave()
+        return 0
+
+    def _take(self, timeout_s: float) -> None:
+        """Tasks that have arrived go to the pool; waits for the first one only."""
+        while (message := self.client.receive(timeout_s)) is not None:
+            timeout_s = 0.0
+            match message:
+                case GradeTask():
+                    self.pool.submit(message)
+                case Goodbye(reason):
+                    print(f"reward: the buffer says goodbye: {reason}", file=sys.stderr, flush=True)
+                    self.over = True
+                    return
+                case _:
+                    kind = type(message).__name__
+                    print(f"reward: got {kind}, expected GradeTask or Goodbye; ignored", file=sys.stderr, flush=True)
+
+    def _send_grades(self, timeout_s: float) -> None:
+        """Waits for the next grade, then sends all that there are."""
+        try:
+            self.client.send(self.grades.get(timeout=timeout_s) if timeout_s else self.grades.get_nowait())
+            while True:
+                self.client.send(self.grades.get_nowait())
+        except queue.Empty:
+            return
+
+    def _report(self) -> None:
+        if time.monotonic() < self.status_due:
+            return
+        self.status_due = time.monotonic() + STATUS_S
+        busy, queued = self.pool.busy, self.pool.queued
+        state = "scores" if busy + queued else "waits for responses to score"
+        self.client.status(state, counters={**self.pool.counters, "busy": busy, "queued": queued})
+
+    def _leave(self) -> None:
+        self.client.status("leaves")
+        left = self.pool.close(FINISH_S)
+        self._send_grades(0.0)
+        self.client.flush(FINISH_S)
+        self.client.send(Goodbye(f"stopped, {left} responses not scored"))
+
+
+def _fail(name: str, error: Exception, code: int) -> int:
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,134 @@
+"""Child processes of the launcher: started with a log file each, watched, and ended without leaving anything behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from msgspec import Struct
+
+TETHER = Path(__file__).with_name("tether.py")
+
+
+class Exit(Struct, frozen=True):
+    """A child that ended by itself: its exit code (negative: the signal), seconds lived, and its last lines."""
+
+    name: str
+    code: int
+    lived_s: float
+    tail: str
+
+    @property
+    def how(self) -> str:
+        return f"exit code {self.code}" if self.code >= 0 else f"signal {signal.Signals(-self.code).name}"
+
+
+@dataclass(slots=True)
+class Child:
+    process: subprocess.Popen[bytes]
+    log: Path
+    offset: int
+    started: float = field(default_factory=time.monotonic)
+
+
+class Supervisor:
+    """Runs named commands, each in its own session, so that a terminal's Ctrl-C reaches the launcher alone, and tied
+    to this process, so that none outlives it. Output of NAME is appended to `logs/NAME.log`."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._children: dict[str, Child] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def start(self, name: str, command: list[str], env: Mapping[str, str]) -> int:
+        """Starts a command under a name that is not running; returns its pid. Raises OSError when it cannot."""
+        if name in self._children:
+            raise ValueError(f"{name} is running already (pid {self._children[name].process.pid})")
+        path = self._logs / f"{name}.log"
+        with path.open("ab") as log:
+            offset = log.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *command],
+                env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._children[name] = Child(process, path, offset)
+        return process.pid
+
+    @property
+    def running(self) -> list[str]:
+        return list(self._children)
+
+    def pid(self, name: str) -> int:
+        return self._children[name].process.pid
+
+    def exits(self) -> list[Exit]:
+        """The children that ended since the last call."""
+        ended = [(name, child) for name, child in self._children.items() if child.process.poll() is not None]
+        for name, child in ended:
+            del self._children[name]
+            _signal_session(child.process.pid, signal.SIGKILL)  # what it may have left behind
+        return [
+            Exit(name, child.process.returncode, time.monotonic() - child.started, _tail(child.log, child.offset))
+            for name, child in ended
+        ]
+
+    def stop(self, names: Iterable[str], *, grace_s: float, hurried: Callable[[], bool] = lambda: False) -> list[str]:
+        """SIGTERM, then after `grace_s`, or once `hurried()`, SIGKILL to each with all its descendants; returns those
+        that had to be killed."""
+        stopping = {name: self._children[name] for name in names if name in self._children}
+        for child in stopping.values():
+            _signal_session(child.process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while any(child.process.poll() is None for child in stopping.values()):
+            if time.monotonic() > deadline or hurried():
+                break
+            time.sleep(0.02)
+        killed = [name for name, child in stopping.items() if child.process.poll() is None]
+        for name, child in stopping.items():
+            _kill_tree(child.process)
+            del self._children[name]
+        return killed
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Ends a child and its descendants, those in sessions of their own too (torchrun starts its ranks that way)."""
+    descendants: list[psutil.Process] = []
+    if process.poll() is None:
+        try:
+            descendants = psutil.Process(process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            descendants = []
+    _signal_session(process.pid, signal.SIGKILL)
+    for descendant in descendants:
+        try:
+            descendant.kill()  # psutil compares creation times, so a reused pid is safe
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(timeout=30)
+
+
+def _signal_session(leader: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        return
+
+
+def _tail(log: Path, offset: int, lines: int = 12) -> str:
+    """The last lines that a child wrote, from where its log stood when it started."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(offset, size - 16_384))
+        text = file.read().decode(errors="replace")
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
