@@ -25,7 +25,11 @@ DTYPES = {d.str: d for d in (INT, FLOAT, BOOL)}
 
 
 class Malformed(ValueError):
-    """These frames are not a message of this protocol; says what, where, got and expected."""
+    """These frames are not a message of this protocol; says what, where, got and expected. `id` is the message's, or 0."""
+
+    def __init__(self, reason: str, id: int = 0) -> None:
+        super().__init__(reason)
+        self.id = id
 
 
 def encode(message: Message, id: int = 0) -> list[bytes | memoryview]:
@@ -73,8 +77,7 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[int, Message]:
         )
         return id, msgspec.convert({**body, "type": header["k"]}, kind, dec_hook=_accept_array)
     except Malformed as error:
-        error.id = id  # type: ignore[attr-defined]
-        raise
+        raise Malformed(str(error), id) from None
     except (
         ValueError,
         TypeError,
@@ -84,9 +87,7 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[int, Message]:
         msgpack.UnpackException,
         RecursionError,
     ) as error:
-        wrapped = Malformed(f"{type(error).__name__}: {error}")
-        wrapped.id = id  # type: ignore[attr-defined]
-        raise wrapped from error
+        raise Malformed(f"{type(error).__name__}: {error}", id) from error
 
 
 def _arrays(specs: Any, frames: Sequence[bytes | memoryview]) -> list[np.ndarray]:

@@ -177,8 +177,6 @@ class Buffer:
                 self.weights = message
                 self._welcome()
                 self.outbox += [(name, message) for name, hello in self.hellos.items() if hello.role == "generator"]
-            case m.Goodbye():
-                self._left(worker, message.reason)
             case _:
                 refused = f"a {type(message).__name__} is not for the buffer"
         if refused is not None:
