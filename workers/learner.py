@@ -152,7 +152,7 @@ class Learner:
             self.client.flush(COMMIT_TIMEOUT_S)
             self._poll(m.Plan, 0.0)  # a refusal of the commit would be here
         if self.publisher is not None:
-            self.publisher.publish(step, weights, prints)
+            self.publisher.publish(step, weights, fingerprints=prints)
         if step % self.config.learner.checkpoint_every == 0 or step == self.config.steps:
             self._checkpoint(step, digest)
 

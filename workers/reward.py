@@ -15,13 +15,14 @@ import time
 
 from engine.config import Config
 from engine.tasks import named_tasks
-from protocols.link import Client, LinkRefused, LinkTimeout
-from protocols.messages import Goodbye, Grade, GradeTask, Hello
+from protocols.link import Client, LinkError, LinkTimeout
+from protocols.messages import Ack, Announce, Goodbye, Grade, GradeTask, Hello
 from workers.scorer import ScorerError
 from workers.scorer_pool import ScorerPool
 
 JOIN_TIMEOUT_S = 60.0
-"""How long the buffer may be silent, at first and later, before this worker gives up."""
+GONE_S = 300.0
+"""How long a buffer that this worker has joined may be silent: time to start it anew after a crash."""
 
 FINISH_S = 5.0
 """After SIGTERM: what is being scored may end for this long; then this long again for the buffer to have every grade."""
@@ -29,7 +30,7 @@ FINISH_S = 5.0
 IDLE_S, GRADE_S, STATUS_S = 0.5, 0.02, 1.0
 
 
-def run(config: Config, join: str, name: str | None = None) -> int:
+def run(config: Config, join: str, name: str | None = None, *, gone_s: float = GONE_S) -> int:
     """Scores until the buffer says goodbye or SIGTERM comes: 0 then; 1 when the buffer is gone or refuses this worker;
     2 when the run's tasks cannot be scored, so that starting anew cannot help."""
     stop = threading.Event()
@@ -52,10 +53,10 @@ def run(config: Config, join: str, name: str | None = None) -> int:
         )
         client = Client(join, hello, timeout_s=JOIN_TIMEOUT_S)
         try:
-            return Reward(client, pool, grades, stop).serve()
+            return Reward(client, pool, grades, stop, gone_s=gone_s).serve()
         finally:
             client.close()
-    except (LinkTimeout, LinkRefused) as error:
+    except LinkError as error:
         return _fail(name, error, 1)
     finally:
         pool.close(0.0)
@@ -71,10 +72,17 @@ class Reward:
     """The loop of a reward worker. Only its thread touches the link; `grades` is where the pool's threads put theirs."""
 
     def __init__(
-        self, client: Client, pool: ScorerPool, grades: queue.SimpleQueue[Grade], stop: threading.Event
+        self,
+        client: Client,
+        pool: ScorerPool,
+        grades: queue.SimpleQueue[Grade],
+        stop: threading.Event,
+        *,
+        gone_s: float,
     ) -> None:
-        self.client, self.pool, self.grades, self.stop = client, pool, grades, stop
+        self.client, self.pool, self.grades, self.stop, self.gone_s = client, pool, grades, stop, gone_s
         self.over = False
+        self.refused = 0
         self.status_due = 0.0
 
     def serve(self) -> int:
@@ -84,6 +92,10 @@ class Reward:
             self._take(0.0 if working else IDLE_S)
             self._send_grades(GRADE_S if working else 0.0)
             self._report()
+            if self.client.silent_s > self.gone_s:
+                raise LinkTimeout(
+                    f"waited {self.gone_s:.0f} s for a sign of life from the buffer at {self.client.address}"
+                )
         if not self.over:
             self._leave()
         return 0
@@ -99,6 +111,10 @@ class Reward:
                     print(f"reward: the buffer says goodbye: {reason}", file=sys.stderr, flush=True)
                     self.over = True
                     return
+                case Ack():  # of a grade that came too late: its lease ran out and another worker's counted
+                    self.refused += 1
+                case Announce():
+                    continue
                 case _:
                     kind = type(message).__name__
                     print(f"reward: got {kind}, expected GradeTask or Goodbye; ignored", file=sys.stderr, flush=True)
@@ -118,7 +134,8 @@ class Reward:
         self.status_due = time.monotonic() + STATUS_S
         busy, queued = self.pool.busy, self.pool.queued
         state = "scores" if busy + queued else "waits for responses to score"
-        self.client.status(state, counters={**self.pool.counters, "busy": busy, "queued": queued})
+        counters = {**self.pool.counters, "busy": busy, "queued": queued, "refused": self.refused}
+        self.client.status(state, counters=counters)
 
     def _leave(self) -> None:
         self.client.status("leaves")

@@ -1,0 +1,195 @@
+"""The command line. Each command imports what it needs, so that `headrace --help` is quick and the buffer's process
+never loads torch.
+
+Exit codes: 0 done; 1 a failure while running; 2 input that cannot be used; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from engine.config import Config, ConfigError, load_config
+
+app = typer.Typer(
+    name="headrace",
+    help="Asynchronous RL post-training for language models. The log is the run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's TOML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. learner.lr=1e-5.")
+]
+Join = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="The buffer, tcp://HOST:PORT; read from the run here if left out.")
+]
+Name = Annotated[str | None, typer.Option(help="This worker's name, unique in the run.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")]
+
+
+@app.command()
+def launch(
+    config: ConfigPath,
+    set: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False,
+    view: Annotated[bool, typer.Option("--view/--no-view", help="A live view, where there is a terminal.")] = True,
+) -> None:
+    """Start every role of a run as a process of its own, watch over them, and print the closing table."""
+    from workers.check import refuse
+    from workers.launch import launch
+    from workers.report import report
+
+    loaded = load_config(config, set)
+    if not loaded.cold_start or resume:
+        refuse(loaded)
+    code = launch(str(config), set or [], resume=resume, live=view)
+    if code == 0:
+        report(loaded.run_dir, Console())
+    raise typer.Exit(code)
+
+
+@app.command()
+def buffer(
+    config: ConfigPath,
+    set: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the log.")] = False,
+    address: Annotated[str | None, typer.Option(help="Listen here instead of the config's address.")] = None,
+) -> None:
+    """Serve a run: the log, the ledger, and the address that every worker joins."""
+    from workers.buffer import run
+
+    raise typer.Exit(run(load_config(config, set), resume=resume, address=address))
+
+
+@app.command()
+def generator(config: ConfigPath, join: Join = None, name: Name = None, set: Overrides = None) -> None:
+    """Sample responses for a run, from now until it ends or SIGTERM."""
+    from workers.generator import run
+
+    loaded = load_config(config, set)
+    raise typer.Exit(run(loaded, join or _address(loaded), name))
+
+
+@app.command()
+def reward(config: ConfigPath, join: Join = None, name: Name = None, set: Overrides = None) -> None:
+    """Score responses for a run, in processes that may be killed."""
+    from workers.reward import run
+
+    loaded = load_config(config, set)
+    raise typer.Exit(run(loaded, join or _address(loaded), name))
+
+
+@app.command()
+def learner(config: ConfigPath, join: Join = None, set: Overrides = None) -> None:
+    """Train on a run's groups; several ranks under torchrun."""
+    from workers.learner import run
+
+    loaded = load_config(config, set)
+    raise typer.Exit(run(loaded, join or _address(loaded)))
+
+
+@app.command()
+def model(config: ConfigPath, set: Overrides = None) -> None:
+    """Make the folder of a config's new model (launch does this by itself)."""
+    from engine.config import NewModel
+    from engine.models import create_model
+
+    loaded = load_config(config, set)
+    if not isinstance(loaded.model, NewModel):
+        raise ConfigError(f'{config}: model.type: got "path", expected "new"')
+    create_model(loaded.model, loaded.run_dir / "model", loaded.seed)
+
+
+@app.command()
+def check(config: ConfigPath, set: Overrides = None) -> None:
+    """Print the effective run in one unit system; refuse contradictions by name."""
+    from workers.check import check
+
+    raise typer.Exit(check(load_config(config, set)))
+
+
+@app.command()
+def show(
+    run: Run,
+    group: Annotated[int | None, typer.Option(help="What happened to this group.")] = None,
+    step: Annotated[int | None, typer.Option(help="What happened in this step.")] = None,
+) -> None:
+    """Print a run's summary, or what happened to a group or a step."""
+    from workers.inspect import show
+
+    show(_run_dir(run), group=group, step=step, console=Console())
+
+
+@app.command()
+def export(run: Run, out: Annotated[Path, typer.Argument(metavar="FILE", help=".parquet or .jsonl")]) -> None:
+    """Write one row a rollout."""
+    from workers.inspect import export
+
+    rows = export(_run_dir(run), out)
+    print(f"{rows} rows in {out}")
+
+
+@app.command()
+def status(run: Run) -> None:
+    """Ask a run that is going on how it stands, and who waits for what."""
+    import time
+
+    from workers.view import ask_status, render
+
+    path = _run_dir(run) / "address"
+    if not path.exists():
+        raise ConfigError(f"{path}: not there; {run} is not running on this machine")
+    found = ask_status(path.read_text(encoding="utf-8").strip())
+    Console().print(render(found, {}, None, time.time()))
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Print a run's closing table and draw its curves."""
+    from workers.report import report
+
+    report(_run_dir(run), Console())
+
+
+def _run_dir(run: str) -> Path:
+    found = Path(run) if Path(run).is_dir() else Path("runs") / run
+    if not found.is_dir():
+        raise ConfigError(f"{run}: no such run, neither as a directory nor under runs/")
+    return found
+
+
+def _address(config: Config) -> str:
+    path = config.run_dir / "address"
+    if not path.exists():
+        raise ConfigError(f"{path}: not there; is the buffer running here? Otherwise name it with --join tcp://HOST:PORT")
+    return path.read_text(encoding="utf-8").strip()
+
+
+BAD_INPUT = ("ConfigError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged")
+FAILURES = ("LogError", "LinkError", "LinkTimeout", "LaunchError", "NonFiniteError", "Refused", "TimeoutError", "ScorerError")
+
+
+def main() -> None:
+    """The console script. Known errors are one line on stderr; HEADRACE_TRACEBACK=1 shows where they came from."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError) as error:
+        name = type(error).__name__
+        if name not in BAD_INPUT + FAILURES or os.environ.get("HEADRACE_TRACEBACK"):
+            raise
+        print(f"headrace: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if name in BAD_INPUT else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The generator role: takes tickets from the buffer, samples responses, adopts the learner's weights between decode steps.
+
+It keeps nothing that others need: told to leave, it hands back what is unfinished with the tokens there are, and another
+generator continues them; killed, its tickets' leases end and are issued anew.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import closing
+
+import torch
+
+from engine.adopt_weights import WeightsRefused
+from engine.config import Config, ConfigError, policy_folder
+from engine.generate_torch import TicketRefused, TorchGenerator
+from engine.models import load_model, resolve_device
+from engine.text import TextModel
+from protocols.link import Client, LinkRefused, LinkTimeout
+from protocols.messages import Ack, Announce, Goodbye, HandBack, Hello, Ticket
+from workers.weight_feed import LearnerLost, WeightFeed
+
+BUFFER_TIMEOUT_S = 60.0
+"""How long the buffer may be silent, at first and later, before this worker gives up; it decodes on meanwhile."""
+
+FLUSH_S = 10.0
+"""After SIGTERM: how long the buffer may take to have everything that is handed back."""
+
+IDLE_S, STATUS_S = 0.02, 0.5
+
+
+def run(config: Config, join: str, name: str | None = None) -> int:
+    """Generates until the buffer says goodbye or SIGTERM comes: 0 then; 1 when buffer or learner are gone for good or the
+    weights give no numbers; 2 when config, model and tickets do not fit, so that starting anew cannot help."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    name = name or f"generator-{socket.gethostname()}-{os.getpid()}"[:80]
+    try:
+        engine, device = _engine(config)
+        hello = Hello(
+            role="generator",
+            name=name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            capacity=capacity(engine.config.slots),
+        )
+        with (
+            closing(Client(join, hello, timeout_s=BUFFER_TIMEOUT_S)) as client,
+            closing(WeightFeed(name, device=device, peer_timeout_s=config.learner.peer_timeout_s)) as weights,
+        ):
+            Generator(client, engine, weights, stop).serve()
+    except (LinkTimeout, LinkRefused, LearnerLost, FloatingPointError) as error:
+        return _fail(name, error, 1)
+    except (ConfigError, WeightsRefused, TicketRefused) as error:
+        return _fail(name, error, 2)
+    return 0
+
+
+def capacity(slots: int) -> int:
+    """Samples held at once: the slots, and a few that wait so that no slot stays free while the buffer is asked."""
+    return slots + max(1, slots // 4)
+
+
+def _engine(config: Config) -> tuple[TorchGenerator, str]:
+    """The generator without weights, and its device. Raises `ConfigError`."""
+    settings = config.generator
+    if settings is None:
+        raise ConfigError(f"{config.source}: it has no [generator] section, so this run has no use for a generator")
+    torch.set_num_threads(settings.threads)
+    device, folder = resolve_device(settings.device), policy_folder(config)
+    text = TextModel.load(folder)
+    model = load_model(folder, dtype=settings.dtype, device=device, weights=False)
+    return TorchGenerator(model, config=settings.engine, stop_ids=text.stop_ids, decode=text.decode), device
+
+
+class Generator:
+    """The loop of a generator; one thread does everything but receiving weights."""
+
+    def __init__(self, client: Client, engine: TorchGenerator, weights: WeightFeed, stop: threading.Event) -> None:
+        self.client, self.engine, self.weights, self.stop = client, engine, weights, stop
+        self.over = False
+        self.has_weights = False
+        self.counters = {"busy_s": 0.0, "idle_s": 0.0, "refused": 0.0}
+        self.status_due = 0.0
+
+    def serve(self) -> None:
+        """Returns when the run is over or this worker was told to stop. Raises `LinkTimeout` when the buffer is gone,
+        `LearnerLost` when the learner is, `TicketRefused` or `WeightsRefused` when either does not fit the model."""
+        while not self.over and not self.stop.is_set():
+            self.weights.connect(self.client.welcome.weights)
+            self._adopt()
+            working = self.has_weights and self.engine.ready
+            self._take(0.0 if working else IDLE_S)
+            if working:
+                self._step()
+            self._report()
+        if not self.over:
+            self._leave("stopped")
+
+    def _adopt(self) -> None:
+        """The newest weights, if there are newer ones. None were loaded before the first: the model's are not numbers."""
+        update = self.weights.poll()
+        if update is not None:
+            with update:
+                self.engine.load(update.tensors, update.version)
+            self.has_weights = True
+
+    def _take(self, timeout_s: float) -> None:
+        """Everything that has arrived; waits for the first message only."""
+        began = time.perf_counter()
+        while not self.over and (message := self.client.receive(timeout_s)) is not None:
+            timeout_s = 0.0
+            match message:
+                case Ticket():
+                    self._add(message)
+                case Announce():
+                    self.weights.connect(message)
+                case Goodbye(reason):
+                    print(f"generator: the buffer says goodbye: {reason}", file=sys.stderr, flush=True)
+                    self.over = True
+                case Ack(refused=str()):  # its lease had ended: others have the sample
+                    self.counters["refused"] += 1
+                case _:
+                    kind = type(message).__name__
+                    print(f"generator: got {kind}, expected Ticket, Announce or Goodbye; ignored", file=sys.stderr)
+        self.counters["idle_s"] += time.perf_counter() - began
+
+    def _add(self, ticket: Ticket) -> None:
+        """One ticket that does not fit means that none like it does on any generator of the run: leave, and say why."""
+        try:
+            self.engine.add(ticket)
+        except TicketRefused:
+            self.client.send(HandBack(ticket.group, ticket.fence, ticket.samples, ticket.resume))
+            self._leave("a ticket does not fit the model")
+            raise
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        for rollout in self.engine.step():
+            self.client.send(rollout)
+        self.counters["busy_s"] += time.perf_counter() - began
+
+    def _report(self) -> None:
+        if time.monotonic() < self.status_due:
+            return
+        self.status_due = time.monotonic() + STATUS_S
+        self.client.status(
+            self._state(),
+            version=self.engine.version,
+            held=self.engine.held(),
+            counters={**self.engine.counters, **self.counters, **self.weights.counters},
+        )
+
+    def _state(self) -> str:
+        if not self.has_weights:
+            return f"waits for {self.weights.waits_for}"
+        if self.engine.ready:
+            return "decodes"
+        if self.engine.held():
+            return f"waits for weights newer than version {self.engine.version}"
+        return "waits for tickets"
+
+    def _leave(self, reason: str) -> None:
+        self.client.status("leaves", version=self.engine.version, held=[])
+        for handed in self.engine.hand_back():
+            self.client.send(handed)
+        self.client.flush(FLUSH_S)
+        self.client.send(Goodbye(reason))
+
+
+def _fail(name: str, error: Exception, code: int) -> int:
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return code

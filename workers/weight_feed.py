@@ -1,0 +1,117 @@
+"""The learner's weights as a generator sees them: found by announcement, reconnected when lost, never waited for.
+
+Connecting and leaving may take as long as a timeout, so both happen in threads of their own while decoding goes on.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+
+from engine.weights import Subscriber, Update
+from protocols.messages import Announce
+
+LEARNER_TIMEOUT_S = 1800.0
+"""How long a generator goes on without a learner, on the weights that it has or waiting for the first: long enough for
+one that was killed to load its checkpoint and come back."""
+
+
+class LearnerLost(RuntimeError):
+    """No learner for `LEARNER_TIMEOUT_S`; says since when, and why the last attempt failed."""
+
+
+class WeightFeed:
+    """`connect` to where the learner is announced, `poll` between decode steps."""
+
+    def __init__(
+        self, name: str, *, device: str, peer_timeout_s: float, learner_timeout_s: float = LEARNER_TIMEOUT_S
+    ) -> None:
+        self._name, self._device, self._peer_timeout_s = name, device, peer_timeout_s
+        self._learner_timeout_s = learner_timeout_s
+        self._where: Announce | None = None
+        self._subscriber: Subscriber | None = None
+        self._connecting = False
+        self._made: queue.SimpleQueue[tuple[Announce, Subscriber | ConnectionError]] = queue.SimpleQueue()
+        self._alone_since = time.monotonic()
+        self._trouble = "none was announced by the buffer"
+        self.counters: dict[str, float] = {"connects": 0}
+
+    @property
+    def waits_for(self) -> str:
+        """What is missing as long as no weights have come."""
+        if self._subscriber is not None:
+            return "the first weights"
+        return "a learner" if self._where is None else f"the learner at {self._where.host}:{self._where.port}"
+
+    def connect(self, where: Announce | None) -> None:
+        """The learner is at `where`; nothing happens when that is known, or None."""
+        if where is None or where == self._where:
+            return
+        self._where = where
+        self._drop("another learner was announced")
+
+    def poll(self) -> Update | None:
+        """The newest weights that were not taken yet; never blocks. Raises `LearnerLost`."""
+        self._collect()
+        if self._subscriber is not None and not self._subscriber.alive:
+            self._say(f"lost the learner: {self._subscriber.error}")
+            self._drop(f"{self._subscriber.error}")
+        if self._subscriber is not None:
+            return self._subscriber.poll()
+        alone_s = time.monotonic() - self._alone_since
+        if alone_s > self._learner_timeout_s:
+            raise LearnerLost(
+                f"no learner for {alone_s:.0f} s (limit {self._learner_timeout_s:.0f} s): {self._trouble}"
+            )
+        if self._where is not None and not self._connecting:
+            self._connecting = True
+            threading.Thread(target=self._connect, args=[self._where], name="weights-connect", daemon=True).start()
+        return None
+
+    def close(self) -> None:
+        """Leave; waits a bounded time for the learner to be told."""
+        subscriber, self._subscriber = self._subscriber, None
+        if subscriber is not None:
+            leaving = self._close_aside(subscriber)
+            leaving.join(5.0)
+
+    def _connect(self, where: Announce) -> None:
+        try:
+            made: Subscriber | ConnectionError = Subscriber(
+                where.host, where.port, name=self._name, device=self._device, timeout_s=self._peer_timeout_s
+            )
+        except ConnectionError as error:
+            made = error
+        self._made.put((where, made))
+
+    def _collect(self) -> None:
+        """Takes over what the connecting thread made, unless the learner moved meanwhile."""
+        try:
+            where, made = self._made.get_nowait()
+        except queue.Empty:
+            return
+        self._connecting = False
+        if isinstance(made, ConnectionError):
+            self._trouble = str(made)
+            self._say(f"no learner there, trying again: {made}")
+        elif where != self._where:
+            self._close_aside(made)
+        else:
+            self._subscriber = made
+            self.counters["connects"] += 1
+
+    def _drop(self, why: str) -> None:
+        subscriber, self._subscriber = self._subscriber, None
+        if subscriber is not None:
+            self._alone_since, self._trouble = time.monotonic(), why
+            self._close_aside(subscriber)
+
+    def _close_aside(self, subscriber: Subscriber) -> threading.Thread:
+        thread = threading.Thread(target=subscriber.close, name="weights-leave", daemon=True)
+        thread.start()
+        return thread
+
+    def _say(self, text: str) -> None:
+        print(f"{self._name}: {text}", file=sys.stderr, flush=True)
