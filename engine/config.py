@@ -196,6 +196,7 @@ class Overlong(Section, frozen=True):
 class RewardConfig(Section, frozen=True):
     count: int = 1
     scorers: int = 1
+    tasks_per_scorer: int = 16
     timeout_s: float = 10.0
     memory_mb: int = 2048
     attempts: int = 2

@@ -17,7 +17,7 @@ import zmq
 from protocols.codec import Malformed, decode, encode
 from protocols.link_errors import LinkError, LinkRefused, LinkTimeout
 from protocols.link_server import HELLO_FIRST
-from protocols.messages import Ack, Heartbeat, Held, Hello, Message, StatusRequest, Welcome
+from protocols.messages import Ack, Goodbye, Heartbeat, Held, Hello, Message, StatusRequest, Welcome
 
 UNACKNOWLEDGED_BYTES = 512 << 20
 """`send` waits while this much is on its way: the buffer, not the worker's memory, sets the pace."""
@@ -48,6 +48,8 @@ class Client:
         self._welcomed = threading.Event()
         self._closing = threading.Event()
         self._refusal: str | None = None
+        self._over = False
+        """The buffer has said goodbye: this worker answers with its own and does not introduce itself again."""
         self._heard = time.monotonic()
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
@@ -230,7 +232,12 @@ class Client:
                 case Welcome():
                     self._welcome(message)
                 case Ack(refused=reason) if reason == HELLO_FIRST:
-                    dealer.send_multipart(encode(self.hello))
+                    if not self._over:
+                        dealer.send_multipart(encode(self.hello))
+                case Goodbye():
+                    self._over = True
+                    dealer.send_multipart(encode(Goodbye("the buffer said goodbye")))
+                    self._inbox.put(message)
                 case Ack(id=0, refused=str(reason)) if not self._welcomed.is_set():
                     self._refuse(reason)
                 case Ack():

@@ -443,7 +443,8 @@ def pace_of(config: Config) -> Pace:
         dynamic_sampling=config.buffer.dynamic_sampling,
         max_oversample=config.buffer.max_oversample,
         lease_s=config.buffer.lease_s,
-        grade_lease_s=4 * config.reward.timeout_s + 30,
+        # A worker is within its lease even if every task that it holds runs into the time limit.
+        grade_lease_s=config.reward.tasks_per_scorer * config.reward.timeout_s + 30,
         grade_attempts=config.reward.attempts,
     )
 

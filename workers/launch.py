@@ -188,6 +188,9 @@ class Launch:
         """A role is gone while the run goes on: start it anew after a pause, unless that cannot help."""
         if exit.name == "learner" and exit.code == 0 and self._last_step() >= self.config.steps:
             return
+        if exit.code == 0:
+            self._say(f"{exit.name} left after {exit.lived_s:.0f} s, as it was told to", quiet=True)
+            return
         if is_refusal(exit):
             raise self._failure(exit, f"{exit.name} refused to run")
         attempt = 1 if exit.lived_s >= self.patience.healthy_s else self.attempts.get(exit.name, 0) + 1

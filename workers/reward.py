@@ -49,7 +49,7 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
             name=name,
             host=socket.gethostname(),
             pid=os.getpid(),
-            capacity=capacity(config.reward.scorers),
+            capacity=config.reward.scorers * config.reward.tasks_per_scorer,
         )
         client = Client(join, hello, timeout_s=JOIN_TIMEOUT_S)
         try:
@@ -60,12 +60,6 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
         return _fail(name, error, 1)
     finally:
         pool.close(0.0)
-
-
-def capacity(scorers: int) -> int:
-    """Tasks held at once: one in work and one waiting for each scorer, and two so that a single scorer never waits for
-    the buffer. Four times `reward.timeout_s` is within the buffer's lease even if all of them hang."""
-    return 2 * scorers + 2
 
 
 class Reward:
