@@ -12,15 +12,17 @@ passwords: whoever reaches the address can join. Serve it on a trusted network o
 
 from __future__ import annotations
 
+import logging
 import socket
 from datetime import timedelta
-from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 from torch.distributed import QueueEmptyError, TCPStore
 
 from engine.weights.layout import Layout
+
+log = logging.getLogger(__name__)
 
 INBOX = "inbox"
 FOREVER = timedelta(days=365)
@@ -116,7 +118,6 @@ class Stop(Struct, frozen=True, tag="stop"):
 
 ToPublisher = Join | Beat | Ready | Done | Refused | Failed | Leave
 ToMember = Offer | Take | Check | Dropped | Reject | Stop
-Kind = TypeVar("Kind")
 
 
 def serve_store(host: str, port: int, timeout_s: float) -> TCPStore:
@@ -156,14 +157,22 @@ def send(store: TCPStore, queue: str, message: ToPublisher | ToMember) -> None:
     store.queue_push(queue, msgspec.json.encode(message).decode())
 
 
-def receive(store: TCPStore, queue: str, kind: type[Kind]) -> Kind:
-    """The next message of `queue`; blocks until there is one or the connection is lost (`RuntimeError`)."""
-    return msgspec.json.decode(store.queue_pop(queue), type=kind)
+def receive(store: TCPStore, member: int) -> ToMember:
+    """The next message to `member`; blocks until there is one. Raises torch's `RuntimeError` when the connection is
+    lost, `msgspec.DecodeError` for a message of no known form."""
+    message: ToMember = msgspec.json.decode(store.queue_pop(queue_of(member)), type=ToMember)
+    return message
 
 
-def drain(store: TCPStore, queue: str, kind: type[Kind]) -> list[Kind]:
-    """All messages that wait in `queue`; never blocks."""
-    return [msgspec.json.decode(raw, type=kind) for raw in _drain(store, queue)]
+def inbox(store: TCPStore) -> list[ToPublisher]:
+    """All messages that wait for the publisher; never blocks. What is of no known form is reported and left out."""
+    messages: list[ToPublisher] = []
+    for raw in _drain(store, INBOX):
+        try:
+            messages.append(msgspec.json.decode(raw, type=ToPublisher))
+        except msgspec.DecodeError as error:
+            log.error("weights: a message in the store is not ours: %s", error)
+    return messages
 
 
 def forget(store: TCPStore, member: int) -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.weights import control
-from engine.weights.control import Check, Failed, Join, Offer, Refused, Reject, Take, ToPublisher
+from engine.weights.control import Check, Failed, Join, Leave, Offer, Ready, Refused, Reject, ToPublisher
+from engine.weights.groups import Groups
 from engine.weights.layout import Digests, Layout, layout_of
 from engine.weights.roster import Member, Roster
-from engine.weights.transport import Connect, Seat, Transport, TransportError, backend_of, connect, transfer
+from engine.weights.transport import Connect, TransportError, backend_of, connect, transfer
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,6 @@ class Staged:
     layout: Layout
     flat: Tensor
     fingerprints: list[str] | None
-
-
-@dataclass
-class Group:
-    """A transport and the members at its ranks 1, 2, ..."""
-
-    members: tuple[int, ...]
-    transport: Transport
 
 
 class Publisher:
@@ -70,31 +63,28 @@ class Publisher:
         """
         if bucket_bytes < 1 or peer_timeout_s <= 0:
             raise ValueError(f"weights: got bucket_bytes {bucket_bytes}, peer_timeout_s {peer_timeout_s}; expected > 0")
-        self._host, self._device, self._connect = host, torch.device(device), connect
+        self._device = torch.device(device)
         self._bucket_bytes, self._peer_timeout_s = bucket_bytes, peer_timeout_s
         self._store = control.serve_store(host, port, peer_timeout_s)
+        self.address = (host, int(self._store.port))
+        """(host, port) that a `Subscriber` is given."""
         self._roster = Roster(peer_timeout_s=peer_timeout_s, grace_s=min(GRACE_S, peer_timeout_s / 2))
-        self._groups: dict[int, Group] = {}
-        self._epoch = 0
+        self._groups = Groups(self._store, connect, host=host, device=self._device, timeout_s=peer_timeout_s)
         self._staged: Staged | None = None
         self._sending = False
         self._closing = False
         self._moved_at = time.monotonic()
         self._changed = threading.Condition()
         self._counters = dict.fromkeys(
-            ["published", "bytes", "broadcasts", "broadcast_s", "publish_wait_s", "copy_s", "dropped"], 0.0
-        ) | {"refused_updates": 0.0, "failed_updates": 0.0, "groups": 0.0}
+            ["published", "bytes", "broadcasts", "broadcast_s", "publish_wait_s", "copy_s", "groups"], 0.0
+        ) | dict.fromkeys(["dropped", "refused_updates", "failed_updates"], 0.0)
         self._thread = threading.Thread(target=self._run, name="weights-publisher", daemon=True)
         self._thread.start()
 
     @property
-    def address(self) -> tuple[str, int]:
-        """(host, port) that a `Subscriber` is given."""
-        return self._host, self._store.port
-
-    @property
     def counters(self) -> dict[str, float]:
-        """Totals since the start (`bytes` of payload leave once a broadcast, however many receive it), and `members`."""
+        """Totals since the start, and `members` now. `bytes` counts a broadcast's payload once, for all its receivers;
+        `groups` are those built, `failed_updates` and `refused_updates` count members."""
         with self._changed:
             return {**self._counters, "members": float(len(self._roster.members))}
 
@@ -147,6 +137,8 @@ class Publisher:
         self._thread.join(self._peer_timeout_s + GRACE_S)
         if self._thread.is_alive():
             log.error("weights: the publisher's thread still waits for a transport; left behind")
+            return
+        self._store = self._staged = None  # the store's server ends with the last reference to it
 
     def __enter__(self) -> Self:
         return self
@@ -191,17 +183,15 @@ class Publisher:
                     break
                 party = self._turn(time.monotonic())
                 if not party:
-                    self._changed.wait(IDLE_POLL_S if self._settled() else BUSY_POLL_S)
+                    self._changed.wait(BUSY_POLL_S if self._roster.expecting(time.monotonic()) else IDLE_POLL_S)
                     continue
                 self._sending, self._moved_at = True, time.monotonic()
             self._serve(party)
-        for group in self._groups.values():
-            _close(group)
-        self._groups.clear()
+        self._groups.close()
 
     def _turn(self, now: float) -> list[Member]:
         """Hear what members say, drop who is overdue, offer what they lack; who is to be served now."""
-        for message in control.drain(self._store, control.INBOX, ToPublisher):
+        for message in control.inbox(self._store):
             self._hear(message, now)
         for member, reason in self._roster.overdue(now):
             log.warning("weights: %s dropped: %s", member.name, reason)
@@ -223,13 +213,22 @@ class Publisher:
         if member is None:
             return
         match message:
+            case Ready() if self._staged is not None and member.offered_version == self._staged.version:
+                if message.nbytes != self._staged.layout.nbytes:
+                    log.error(
+                        "weights: %s has room for %d bytes, expected %d",
+                        member.name,
+                        message.nbytes,
+                        self._staged.layout.nbytes,
+                    )
+                    self._roster.fail(member, now)
             case Refused():
                 self._counters["refused_updates"] += 1
                 log.error("weights: %s refused an update: %s", member.name, ", ".join(message.tensors))
             case Failed():
                 self._counters["failed_updates"] += 1
                 log.warning("weights: %s did not get an update: %s", member.name, message.reason)
-            case control.Leave():
+            case Leave():
                 control.forget(self._store, member.id)
         self._changed.notify_all()
 
@@ -243,9 +242,6 @@ class Publisher:
         self._roster.join(Member(message.member, message.name, message.version, now))
         self._changed.notify_all()
 
-    def _settled(self) -> bool:
-        return self._staged is None or not self._roster.behind(self._staged.version)
-
     def _serve(self, party: list[Member]) -> None:
         staged = self._staged
         if staged is None:
@@ -258,6 +254,7 @@ class Publisher:
             error = raised
         with self._changed:
             now = time.monotonic()
+            self._counters["groups"] = float(self._groups.built)
             if error is None:
                 self._roster.sent(party, now)
                 self._counters["broadcasts"] += 1
@@ -269,7 +266,7 @@ class Publisher:
             self._changed.notify_all()
 
     def _broadcast(self, staged: Staged, party: list[Member]) -> None:
-        transport = self._seated(party)
+        transport = self._groups.seat(party, self._roster.members.values())
         digests = Digests(staged.layout) if staged.fingerprints is None else None
         for bucket in transfer(transport, staged.flat, self._bucket_bytes):
             self._moved_at = time.monotonic()
@@ -280,26 +277,6 @@ class Publisher:
         for member in party:
             control.send(self._store, control.queue_of(member.id), Check(member.offer, staged.fingerprints or []))
 
-    def _seated(self, party: list[Member]) -> Transport:
-        """Tell each member its rank; the transport of the group of exactly these, built when it is not there."""
-        members = tuple(member.id for member in party)
-        epoch = party[0].epoch
-        known = self._groups.get(epoch)
-        new = known is None or known.members != members or any(member.epoch != epoch for member in party)
-        if new:
-            self._epoch += 1
-            epoch = self._epoch
-        for rank, member in enumerate(party, 1):
-            member.epoch = epoch
-            control.send(self._store, control.queue_of(member.id), Take(member.offer, epoch, rank, len(party) + 1))
-        if not new and known is not None:
-            return known.transport
-        self._close_unused()
-        seat = Seat(epoch, 0, len(party) + 1, self._host, self._device, self._peer_timeout_s)
-        self._groups[epoch] = Group(members, self._connect(self._store.clone(), seat))
-        self._counters["groups"] += 1
-        return self._groups[epoch].transport
-
     def _give_up(self, party: list[Member], error: TransportError, now: float) -> None:
         """A group broke. Its members are asked again, in another group; one that hangs will be dropped."""
         names = ", ".join(member.name for member in party)
@@ -307,24 +284,7 @@ class Publisher:
         self._counters["failed_updates"] += len(party)
         for member in party:
             self._roster.fail(member, now)
-        self._close_unused()
-
-    def _close_unused(self) -> None:
-        """Close groups to which no member belongs any more, and remove their traces from the store."""
-        used = {member.epoch for member in self._roster.members.values()}
-        for epoch in [epoch for epoch in self._groups if epoch not in used]:
-            _close(self._groups.pop(epoch))
-        for key in self._store.list_keys():
-            epoch_text = key.removeprefix("/").split("/")[1] if key.removeprefix("/").startswith("group/") else ""
-            if epoch_text and int(epoch_text) not in self._groups and int(epoch_text) != self._epoch:
-                self._store.delete_key(key.removeprefix("/"))
-
-
-def _close(group: Group) -> None:
-    try:
-        group.transport.close()
-    except TransportError as error:
-        log.warning("weights: %s", error)
+        self._groups.close_unused(self._roster.members.values())
 
 
 def _in_order(layout: Layout, fingerprints: Mapping[str, str]) -> list[str]:

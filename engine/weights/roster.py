@@ -104,12 +104,15 @@ class Roster:
 
     def party(self, version: int, now: float) -> list[Member]:
         """Who receives `version` together now; nobody while some that have just been asked may still answer."""
-        behind = self.behind(version)
-        if any(0 <= now - member.asked_at < self._grace_s for member in behind):
+        if self.expecting(now):
             return []
-        ready = [member for member in behind if member.ready and member.offered_version == version]
+        ready = [member for member in self.behind(version) if member.ready and member.offered_version == version]
         sound = [member for member in ready if member.failures < ALONE_AFTER]
         return [m for m in sound if m.served] or sound or ready[:1]
+
+    def expecting(self, now: float) -> bool:
+        """Whether somebody has been asked so recently that his answer is worth waiting for."""
+        return any(now - member.asked_at < self._grace_s for member in self.members.values() if member.asked_at <= now)
 
     def sent(self, party: list[Member], now: float) -> None:
         """`party` has the payload and the checksums, and owes its verdict."""

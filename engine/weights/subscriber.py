@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import torch
+from torch.distributed import TCPStore
 
 from engine.weights import control
 from engine.weights.control import (
@@ -166,14 +169,15 @@ class Subscriber:
     def _receive(self) -> None:
         try:
             while self._error is None:
-                message = control.receive(self._store, control.queue_of(self._member), ToMember)
+                message = control.receive(self._store, self._member)
                 if isinstance(message, Stop):
                     self._say(self._store, Leave(self._member))
                     break
                 self._obey(message)
-        except RuntimeError as error:  # torch's errors of a lost store
+        except (RuntimeError, msgspec.DecodeError) as error:  # torch's errors of a lost store; a foreign message
             self._fail(_first_line(error))
         finally:
+            self._fail("the receiving thread has ended")
             self._disconnect()
 
     def _obey(self, message: ToMember) -> None:
@@ -245,7 +249,9 @@ class Subscriber:
         if self._transport is None or self._epoch != take.epoch:
             self._disconnect()
             seat = Seat(take.epoch, take.rank, take.size, self._address, self._device, self._timeout_s)
-            self._transport, self._epoch = self._connect(self._store.clone(), seat), take.epoch
+            store = self._store.clone()
+            store.set_timeout(timedelta(seconds=self._timeout_s))
+            self._transport, self._epoch = self._connect(store, seat), take.epoch
         return self._transport
 
     def _disconnect(self) -> None:
@@ -256,7 +262,7 @@ class Subscriber:
             except TransportError as error:
                 log.warning("%s: %s", self, error)
 
-    def _say(self, store: object, message: ToPublisher) -> None:
+    def _say(self, store: TCPStore, message: ToPublisher) -> None:
         control.send(store, control.INBOX, message)
 
     def _fail(self, reason: str) -> None:

@@ -51,7 +51,7 @@ class Seat:
     @property
     def prefix(self) -> str:
         """Under which the store holds what the group's ranks tell each other."""
-        return f"group/{self.epoch}/"
+        return f"group/{self.epoch}"
 
 
 class Transport(Protocol):
@@ -158,7 +158,7 @@ class NcclTransport:
 
     def _meet(self, store: Store) -> None:
         """All ranks are here and now: NCCL itself would wait for a missing one without end."""
-        names = [f"{self._seat.prefix}here/{rank}" for rank in range(self._seat.size)]
+        names = [f"{self._seat.prefix}/here/{rank}" for rank in range(self._seat.size)]
         store.set(names[self._seat.rank], "")
         store.wait(names, timedelta(seconds=self._seat.timeout_s))
 
