@@ -160,8 +160,12 @@ def send(store: TCPStore, queue: str, message: ToPublisher | ToMember) -> None:
 def receive(store: TCPStore, member: int) -> ToMember:
     """The next message to `member`; blocks until there is one. Raises torch's `RuntimeError` when the connection is
     lost, `msgspec.DecodeError` for a message of no known form."""
-    message: ToMember = msgspec.json.decode(store.queue_pop(queue_of(member)), type=ToMember)
-    return message
+    while True:
+        try:
+            message: ToMember = msgspec.json.decode(store.queue_pop(queue_of(member)), type=ToMember)
+            return message
+        except QueueEmptyError:  # this process was stopped between being woken and reading; `forget` came in between
+            continue
 
 
 def inbox(store: TCPStore) -> list[ToPublisher]:

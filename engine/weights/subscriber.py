@@ -70,7 +70,7 @@ class Subscriber:
         self._received: tuple[int, list[str], torch.Tensor] | None = None
         self._error: str | None = None
         self._closing = threading.Event()
-        self._heard = time.monotonic()
+        self._asked_at: float | None = None
         self._counters = dict.fromkeys(["received", "bytes", "receive_s", "refused", "failed", "joins"], 0.0)
         self._member = self._join()
         self._store.set_timeout(control.FOREVER)
@@ -84,8 +84,8 @@ class Subscriber:
     @property
     def alive(self) -> bool:
         """False for good once the connection is lost or the learner's store has been silent for `timeout_s`."""
-        silent = time.monotonic() - self._heard
-        if self._error is None and silent > self._timeout_s:
+        asked_at = self._asked_at
+        if asked_at is not None and (silent := time.monotonic() - asked_at) > self._timeout_s:
             self._fail(f"the store has not answered for {silent:.1f} s")
         return self._error is None
 
@@ -155,12 +155,13 @@ class Subscriber:
         try:
             while not self._closing.wait(min(1.0, self._timeout_s / 4)) and self._error is None:
                 member = self._member
+                self._asked_at = time.monotonic()  # the time between beats does not count: this process may be stopped
                 if self._beat_store.check([control.member_key(member)]):
                     self._say(self._beat_store, Beat(member))
                 elif told != member:  # wakes the receiving thread, which blocks on this queue
                     control.send(self._beat_store, control.queue_of(member), Dropped())
                     told = member
-                self._heard = time.monotonic()
+                self._asked_at = None
         except RuntimeError as error:  # torch's errors of a lost store
             self._fail(_first_line(error))
 
