@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.metrics import EVENTS, FILE, MetricsWriter, read_events, read_metrics
+from workers.metrics import EVENTS, FILE, MetricsError, MetricsWriter, read_events, read_metrics
 
 
 def tensorboard_points(run_dir: Path) -> list[tuple[str, int, float]]:
@@ -74,9 +74,10 @@ def test_a_cut_last_line_is_left_out_by_the_reader(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path).steps] == [1]
 
 
-def test_a_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text('{"step": 1, "time": 0}\nnonsense\n{"step": 2, "time": 0}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"steps": 2}', '{"step": "two"}'])
+def test_a_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path: Path, line: str) -> None:
+    (tmp_path / FILE).write_text(f'{{"step": 1, "time": 0}}\n{line}\n{{"step": 2, "time": 0}}\n')
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 2"):
         read_metrics(tmp_path)
 
 

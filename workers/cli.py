@@ -7,7 +7,9 @@ Exit codes: 0 done; 1 a failure while running; 2 input that cannot be used; 130 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ import typer
 from rich.console import Console
 
 from engine.config import Config, ConfigError, load_config
+from workers.tether import die_with_parent
 
 app = typer.Typer(
     name="headrace",
@@ -43,16 +46,12 @@ def launch(
     view: Annotated[bool, typer.Option("--view/--no-view", help="A live view, where there is a terminal.")] = True,
 ) -> None:
     """Start every role of a run as a process of its own, watch over them, and print the closing table."""
-    from workers.check import refuse
     from workers.launch import launch
     from workers.report import report
 
-    loaded = load_config(config, set)
-    if not loaded.cold_start or resume:
-        refuse(loaded)
     code = launch(str(config), set or [], resume=resume, live=view)
     if code == 0:
-        report(loaded.run_dir, Console())
+        report(load_config(config, set).run_dir, Console())
     raise typer.Exit(code)
 
 
@@ -90,6 +89,9 @@ def reward(config: ConfigPath, join: Join = None, name: Name = None, set: Overri
 @app.command()
 def learner(config: ConfigPath, join: Join = None, set: Overrides = None) -> None:
     """Train on a run's groups; several ranks under torchrun."""
+    if os.environ.get("HEADRACE_TETHERED") and "RANK" in os.environ:
+        # torchrun starts its ranks in sessions of their own: one that is killed would leave them behind.
+        die_with_parent(os.getppid(), signal.SIGKILL)
     from workers.learner import run
 
     loaded = load_config(config, set)
@@ -125,7 +127,7 @@ def show(
     """Print a run's summary, or what happened to a group or a step."""
     from workers.inspect import show
 
-    show(_run_dir(run), group=group, step=step, console=Console())
+    show(_run_dir(run), group=group, step=step)
 
 
 @app.command()
@@ -139,16 +141,17 @@ def export(run: Run, out: Annotated[Path, typer.Argument(metavar="FILE", help=".
 
 @app.command()
 def status(run: Run) -> None:
-    """Ask a run that is going on how it stands, and who waits for what."""
-    import time
-
+    """How a run stands: who waits for what while it goes on, else what its log has."""
+    from protocols.link import LinkTimeout
     from workers.view import ask_status, render
 
-    path = _run_dir(run) / "address"
-    if not path.exists():
-        raise ConfigError(f"{path}: not there; {run} is not running on this machine")
-    found = ask_status(path.read_text(encoding="utf-8").strip())
-    Console().print(render(found, {}, None, time.time()))
+    folder = _run_dir(run)
+    address = folder / "address"
+    try:
+        found = ask_status(address.read_text(encoding="utf-8").strip()) if address.exists() else None
+    except LinkTimeout:
+        found = None
+    Console().print(render(found, {}, None, time.time()) if found else _standing(folder), soft_wrap=found is None)
 
 
 @app.command()
@@ -157,6 +160,22 @@ def report(run: Run) -> None:
     from workers.report import report
 
     report(_run_dir(run), Console())
+
+
+def _standing(run_dir: Path) -> str:
+    """What is known of a run whose buffer does not answer on this machine."""
+    from protocols.log import Log
+    from workers.lines import eval_line, step_line
+    from workers.metrics import read_metrics
+
+    with Log.open(run_dir / "rollouts.db") as log:
+        done, steps = log.last_step(), int(log.meta.config["steps"])
+    history = read_metrics(run_dir)
+    state = "complete" if done >= steps else "not complete; `headrace launch CONFIG --resume` continues it"
+    lines = [f"{run_dir}: {done} of {steps} steps, {state}; no buffer answers here"]
+    lines += [step_line(row, steps, history.steps) for row in history.steps[-1:]]
+    lines += [eval_line(row) for row in history.evals[-1:]]
+    return "\n".join(lines)
 
 
 def _run_dir(run: str) -> Path:
@@ -169,12 +188,27 @@ def _run_dir(run: str) -> Path:
 def _address(config: Config) -> str:
     path = config.run_dir / "address"
     if not path.exists():
-        raise ConfigError(f"{path}: not there; is the buffer running here? Otherwise name it with --join tcp://HOST:PORT")
+        raise ConfigError(
+            f"{path}: not there; is the buffer running here? Otherwise name it with --join tcp://HOST:PORT"
+        )
     return path.read_text(encoding="utf-8").strip()
 
 
-BAD_INPUT = ("ConfigError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged")
-FAILURES = ("LogError", "LinkError", "LinkTimeout", "LaunchError", "NonFiniteError", "Refused", "TimeoutError", "ScorerError")
+BAD_INPUT = {
+    "ConfigError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged",
+}  # fmt: skip
+"""Starting again cannot help: exit code 2."""
+FAILURES = {
+    "LogError",
+    "LinkError",
+    "LaunchError",
+    "MetricsError",
+    "NonFiniteError",
+    "Refused",
+    "ScorerError",
+    "OSError",
+}
+"""Known by name, for importing them here would load what most commands do not need. A subclass counts as its parent."""
 
 
 def main() -> None:
@@ -184,11 +218,11 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
-        name = type(error).__name__
-        if name not in BAD_INPUT + FAILURES or os.environ.get("HEADRACE_TRACEBACK"):
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if not names & (BAD_INPUT | FAILURES) or os.environ.get("HEADRACE_TRACEBACK"):
             raise
         print(f"headrace: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if name in BAD_INPUT else 1)
+        sys.exit(2 if names & BAD_INPUT else 1)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -15,6 +17,7 @@ from typing import IO
 from msgspec import Struct
 
 from engine.config import Config, ConfigError, NewModel, load_config
+from workers.check import refuse
 from workers.metrics import read_metrics
 from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_of, role_threads, roles, visible_gpus
 from workers.supervise import Exit, Supervisor
@@ -57,16 +60,17 @@ def launch(
     run directory that is in use, `LaunchError` when a role cannot be kept alive.
     """
     config = load_config(path, overrides)
-    if config.cold_start and not _trained(first := load_config(config.cold_start)):
-        print(f"headrace: cold start first: {config.cold_start}", flush=True)
-        code = launch(config.cold_start, [], resume=_log(first).exists(), live=live, command=command, patience=patience)
-        if code != 0:
-            return code
+    refuse(config)
     if _log(config).exists() and not resume:
         raise ConfigError(
             f"{config.run_dir} holds a run already; continue it with --resume, "
             f"or give this one another name with --set name={config.name}-2"
         )
+    if config.cold_start and not _trained(first := load_config(config.cold_start)):
+        print(f"headrace: cold start first: {config.cold_start}", flush=True)
+        code = launch(config.cold_start, [], resume=_log(first).exists(), live=live, command=command, patience=patience)
+        if code != 0:
+            return code
     if resume and not _log(config).exists():
         print(f"headrace: {config.run_dir} holds no run yet; it starts from the beginning", flush=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ class Launch:
     ) -> None:
         self.config, self.patience, self.live = config, patience, live
         self.overrides = [part for override in overrides for part in ("--set", override)]
-        self.again = " ".join(["headrace launch", path, *self.overrides, "--resume"])
+        self.again = shlex.join(["headrace", "launch", path, *self.overrides, "--resume"])
         self.command = command
         self.logs = config.run_dir / "logs"
         self.supervisor = Supervisor(self.logs)
@@ -104,6 +108,7 @@ class Launch:
         self.attempts: dict[str, int] = {}
         self.due: dict[str, float] = {}
         self.lost: set[str] = set()
+        self.left: set[str] = set()
 
     def run(self) -> int:
         """Returns the exit code; see `launch`."""
@@ -188,8 +193,9 @@ class Launch:
         """A role is gone while the run goes on: start it anew after a pause, unless that cannot help."""
         if exit.name == "learner" and exit.code == 0 and self._last_step() >= self.config.steps:
             return
-        if exit.code == 0:
-            self._say(f"{exit.name} left after {exit.lived_s:.0f} s, as it was told to", quiet=True)
+        if exit.code == 0 and exit.name != "buffer":
+            self._say(f"{exit.name} left after {exit.lived_s:.0f} s, as it was told to")
+            self.left.add(exit.name)
             return
         if is_refusal(exit):
             raise self._failure(exit, f"{exit.name} refused to run")
@@ -208,6 +214,9 @@ class Launch:
             return
         delay = self.patience.backoff_s * 2 ** (attempt - 1)
         self.due[exit.name] = time.monotonic() + delay
+        if exit.name == "buffer":  # a buffer that is told to stop says goodbye to all, and comes back without them
+            self.due |= dict.fromkeys(self.left, time.monotonic() + delay)
+            self.left.clear()
         self._say(
             f"{exit.name} ended ({exit.how}) after {exit.lived_s:.0f} s; it is started anew in {delay:.0f} s "
             f"({attempt} of {self.patience.attempts}), its log: {self.logs / exit.name}.log"
@@ -274,8 +283,9 @@ class Launch:
         return LaunchError(f"{what} ({exit.how}); the end of {log}:{lines}{resume}")
 
     def _say(self, text: str, *, quiet: bool = False) -> None:
-        self.diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.diary.flush()
+        with contextlib.suppress(OSError):  # a full disk ends the buffer, with its own error; not the launcher first
+            self.diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self.diary.flush()
         if self.view is not None and not quiet:
             self.view.say(f"headrace: {text}")
         elif not quiet:

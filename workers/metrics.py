@@ -30,6 +30,10 @@ KEYS = ("step", "eval_step")
 TAGS = {"step": "train", "eval_step": "eval"}
 
 
+class MetricsError(ValueError):
+    """A line of `metrics.jsonl` that is no figure of a step or an evaluation; names the file and the line."""
+
+
 class History(Struct, frozen=True):
     """What `metrics.jsonl` holds, each in the order of steps; numbers that were not finite are None."""
 
@@ -38,13 +42,15 @@ class History(Struct, frozen=True):
 
 
 def read_metrics(run_dir: Path) -> History:
-    """The run's figures so far; empty when there are none. A line that is not whole yet is left out."""
+    """The run's figures so far; empty when there are none. A line that is not whole yet is left out. Raises
+    `MetricsError`."""
     rows = _read_rows(run_dir / FILE)[0]
     return History(*(sorted((row for row in rows if key in row), key=lambda row: int(row[key])) for key in KEYS))
 
 
 class MetricsWriter:
-    """Appends to a run's figures; opening it for a run that goes on continues where the file stands."""
+    """Appends to a run's figures; opening it for a run that goes on continues where the file stands, and raises
+    `MetricsError` when the file is damaged."""
 
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -130,7 +136,7 @@ def _identity(event: Event) -> tuple[str, int]:
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of the whole lines, and how many bytes those lines take."""
+    """The rows of the whole lines, and how many bytes those lines take. Raises `MetricsError`."""
     if not path.exists():
         return [], 0
     data = path.read_bytes()
@@ -140,6 +146,8 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}), expected one object a line") from error
+            raise MetricsError(f"{path}, line {number}: not JSON ({error}), expected one object a line") from error
+        if not isinstance(row, dict) or not any(isinstance(row.get(key), int) for key in KEYS):
+            raise MetricsError(f"{path}, line {number}: got {row!r:.80}, expected an object with step or eval_step")
         rows.append(row)
     return rows, whole

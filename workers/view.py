@@ -29,18 +29,21 @@ from workers.lines import duration, eta_s, eval_line, figure_lines, step_line, w
 from workers.metrics import FILE, read_metrics
 
 REFRESH_S = 0.5
-ASK_TIMEOUT_S = 5.0
+ASK_TIMEOUT_S = 2.0
 QUIET_S = 30.0
 """Without a new step for this long, the plain log says what everybody waits for."""
 
 
 class View:
-    """Shows a run until it is closed. `live` draws a table in place, otherwise lines are printed."""
+    """Shows a run until it is closed: `live` draws a table in place where there is a terminal, otherwise lines are
+    printed."""
 
     def __init__(self, run_dir: Path, address: str, *, live: bool, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=not live)
+        self._console = console or Console(highlight=False)
         self._feed = Feed(address)
-        self._screen: Screen = LiveScreen(self._console) if live else PlainScreen(self._console, run_dir)
+        self._screen: Screen = (
+            LiveScreen(self._console) if live and self._console.is_terminal else PlainScreen(self._console, run_dir)
+        )
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="view", daemon=True)
@@ -71,7 +74,7 @@ class View:
 
     def _turn(self) -> None:
         while not self._said.empty():
-            self._console.print(Text(self._said.get()))
+            self._console.print(Text(self._said.get()), soft_wrap=True)
         self._screen.show(self._feed.latest() if not self._closing.is_set() else self._feed.status, self._feed.rates)
 
 
@@ -112,7 +115,7 @@ class Feed:
         """Tokens per second of each generator, over the last 20 statuses."""
         now = time.monotonic()
         for worker in status.workers:
-            tokens = worker.get("counters", {}).get("tokens")
+            tokens = worker.get("counters", {}).get("generated_tokens")
             if worker.get("role") == "generator" and tokens is not None:
                 seen = self._samples.setdefault(worker["name"], deque(maxlen=20))
                 if seen and tokens < seen[-1][1]:  # it started anew
@@ -145,7 +148,8 @@ class LiveScreen:
     """Redraws in place; lines that are printed meanwhile stay above."""
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(console=console, auto_refresh=False, transient=False)
+        # Nothing is redirected: what others print must not have to wait for this thread.
+        self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._ends: deque[tuple[int, float]] = deque(maxlen=11)
 
     def __enter__(self) -> LiveScreen:
@@ -224,4 +228,4 @@ class PlainScreen:
         self._steps, self._evals = len(history.steps), len(history.evals)
 
     def _print(self, line: str) -> None:
-        self._console.print(Text(line))
+        self._console.print(Text(line), soft_wrap=True)
