@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shlex
 import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from msgspec import Struct
 
@@ -20,6 +16,7 @@ from engine.config import Config, ConfigError, NewModel, load_config
 from workers.check import refuse
 from workers.metrics import read_metrics
 from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_of, role_threads, roles, visible_gpus
+from workers.run_folder import complete, log_path, own, snapshot, trained
 from workers.supervise import Exit, Supervisor
 from workers.view import View
 
@@ -37,7 +34,9 @@ class Patience(Struct, frozen=True):
 
     model_s: float = 600.0
     address_s: float = 180.0
-    leave_s: float = 300.0
+    leave_s: float = 15.0
+    checkpoint_s: float = 600.0
+    """For the learner to write its last checkpoint after the run's end."""
     term_s: float = 15.0
     attempts: int = 5
     backoff_s: float = 1.0
@@ -61,21 +60,26 @@ def launch(
     """
     config = load_config(path, overrides)
     refuse(config)
-    if _log(config).exists() and not resume:
+    if log_path(config).exists() and not resume:
         raise ConfigError(
             f"{config.run_dir} holds a run already; continue it with --resume, "
             f"or give this one another name with --set name={config.name}-2"
         )
-    if config.cold_start and not _trained(first := load_config(config.cold_start)):
+    if config.cold_start and not trained(first := load_config(config.cold_start)):
         print(f"headrace: cold start first: {config.cold_start}", flush=True)
-        code = launch(config.cold_start, [], resume=_log(first).exists(), live=live, command=command, patience=patience)
+        code = launch(
+            config.cold_start, [], resume=log_path(first).exists(), live=live, command=command, patience=patience
+        )
         if code != 0:
             return code
-    if resume and not _log(config).exists():
+    if resume and complete(config):
+        print(f"headrace: {config.run_dir} is complete: {config.steps} of {config.steps} steps", flush=True)
+        return 0
+    if resume and not log_path(config).exists():
         print(f"headrace: {config.run_dir} holds no run yet; it starts from the beginning", flush=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with (config.run_dir / "launch.lock").open("a+") as lock:
-        _own(lock, config.run_dir)
+        own(lock, config.run_dir)
         run = Launch(config, path, overrides, command=command, patience=patience or Patience(), live=live)
         return run.run()
 
@@ -100,7 +104,7 @@ class Launch:
         self.logs = config.run_dir / "logs"
         self.supervisor = Supervisor(self.logs)
         self.diary = (self.logs / "launch.log").open("a", encoding="utf-8")
-        self.file = _snapshot(config, path)
+        self.file = snapshot(config, path)
         self.devices = place(config, visible_gpus())
         self.address = ""
         self.view: View | None = None
@@ -118,7 +122,7 @@ class Launch:
         try:
             self._make_model()
             self._start_buffer()
-            self.view = View(self.config.run_dir, self.address, live=self.live)
+            self.view = View(self.config.run_dir, self.address, steps=self.config.steps, live=self.live)
             self.view.start()
             for role in roles(self.config):
                 self._start(role)
@@ -141,7 +145,7 @@ class Launch:
         folder = self.config.run_dir / "model"
         if not isinstance(self.config.model, NewModel) or self.config.cold_start:
             return
-        if folder.exists() and _log(self.config).exists():
+        if folder.exists() and log_path(self.config).exists():
             return
         shutil.rmtree(folder, ignore_errors=True)
         self._start("model")
@@ -167,7 +171,7 @@ class Launch:
             self.config,
             [str(self.file), *self.overrides],
             address=self.address,
-            resume=_log(self.config).exists(),
+            resume=log_path(self.config).exists(),
             command=self.command,
         )
         env = {"OMP_NUM_THREADS": str(role_threads(name, self.config)), "HEADRACE_TETHERED": "1"}
@@ -191,10 +195,9 @@ class Launch:
 
     def _ended(self, exit: Exit) -> None:
         """A role is gone while the run goes on: start it anew after a pause, unless that cannot help."""
-        if exit.name == "learner" and exit.code == 0 and self._last_step() >= self.config.steps:
-            return
-        if exit.code == 0 and exit.name != "buffer":
-            self._say(f"{exit.name} left after {exit.lived_s:.0f} s, as it was told to")
+        if exit.code == 0 and exit.name != "buffer":  # it was told to: by the buffer, or by whoever wants its place
+            at_end = self._last_step() >= self.config.steps
+            self._say(f"{exit.name} left after {exit.lived_s:.0f} s, as it was told to", quiet=at_end)
             self.left.add(exit.name)
             return
         if is_refusal(exit):
@@ -223,19 +226,27 @@ class Launch:
         )
 
     def _finish(self) -> int:
-        """The buffer has ended: the others leave by themselves, the learner after its last checkpoint."""
-        deadline = time.monotonic() + self.patience.leave_s
-        code = 0
-        while self.supervisor.running and time.monotonic() < deadline:
+        """The buffer has ended: the others leave by themselves, the learner after its last checkpoint. 1 when it did not
+        write that, else 0."""
+        began, code = time.monotonic(), 0
+        if self.view is not None:
+            self.view.buffer_left()
+        while running := self.supervisor.running:
             for exit in self.supervisor.exits():
                 if exit.code != 0:
                     self._say(f"{exit.name} left with {exit.how}, its log: {self.logs / exit.name}.log")
                     code = 1 if exit.name == "learner" else code
+            waited = time.monotonic() - began
+            late = [name for name in running if waited > self._leave_s(name)]
+            if late:
+                self.supervisor.stop(late, grace_s=self.patience.term_s, hurried=self._hurried)
+                self._say(f"still there {waited:.0f} s after the end, ended now: {', '.join(late)}")
+                code = 1 if "learner" in late else code
             self._pause()
-        if late := self.supervisor.running:
-            self._say(f"still there {self.patience.leave_s:.0f} s after the end, ended now: {', '.join(late)}")
-            code = 1 if "learner" in late else code
         return code
+
+    def _leave_s(self, name: str) -> float:
+        return self.patience.checkpoint_s if name == "learner" else self.patience.leave_s
 
     def _stop(self) -> int:
         """Told to end: workers first, for a generator hands back what it has not finished; then the buffer."""
@@ -279,7 +290,9 @@ class Launch:
     def _failure(self, exit: Exit, what: str) -> LaunchError:
         lines = "".join(f"\n  | {line}" for line in exit.tail.splitlines())
         log = self.logs / f"{exit.name}.log"
-        resume = f"\nwhat is trained so far is kept; continue with: {self.again}" if _log(self.config).exists() else ""
+        resume = (
+            f"\nwhat is trained so far is kept; continue with: {self.again}" if log_path(self.config).exists() else ""
+        )
         return LaunchError(f"{what} ({exit.how}); the end of {log}:{lines}{resume}")
 
     def _say(self, text: str, *, quiet: bool = False) -> None:
@@ -290,35 +303,3 @@ class Launch:
             self.view.say(f"headrace: {text}")
         elif not quiet:
             print(f"headrace: {text}", file=sys.stderr, flush=True)
-
-
-# --- plain facts about a run -------------------------------------------------------------------------------------------
-
-
-def _log(config: Config) -> Path:
-    return config.run_dir / "rollouts.db"
-
-
-def _trained(config: Config) -> bool:
-    """Whether a run has its last checkpoint."""
-    return (config.run_dir / "checkpoints" / f"step-{config.steps:06d}").exists()
-
-
-def _snapshot(config: Config, path: str) -> Path:
-    """The config as it is now, kept with the run: a role that is started anew later reads the same."""
-    copy = config.run_dir / "config.toml"
-    if not (copy.exists() and copy.samefile(path)):
-        shutil.copyfile(path, copy)
-    return copy
-
-
-def _own(lock: IO[str], run_dir: Path) -> None:
-    """Holds the run directory until the file closes. Raises `ConfigError` when another launcher does."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        raise ConfigError(f"{run_dir} is run by another launcher (pid {lock.read().strip() or 'unknown'})") from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()

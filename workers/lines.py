@@ -50,10 +50,10 @@ def figure_lines(status: Status, rates: Mapping[str, float]) -> list[tuple[str, 
     return lines
 
 
-def step_line(row: Mapping[str, Any], steps: int | None, history: Sequence[Mapping[str, Any]]) -> str:
+def step_line(row: Mapping[str, Any], steps: int, history: Sequence[Mapping[str, Any]]) -> str:
     """`step 12/50  accuracy 0.431  keep 0.55  lag 0.80/1  ...  4.1 s  eta 2:31`"""
     at = row["step"]
-    parts = [f"step {at}/{steps}" if steps else f"step {at}"]
+    parts = [f"step {at}/{steps}"]
     fields = (
         ("accuracy", "accuracy", ".3f"), ("reward_mean", "reward", ".3f"), ("keep_rate", "keep", ".2f"),
         ("lag_mean", "lag", ".2f"), ("length_mean", "length", ".1f"), ("entropy", "entropy", ".3f"),
@@ -64,7 +64,7 @@ def step_line(row: Mapping[str, Any], steps: int | None, history: Sequence[Mappi
         if _known(row, name):
             parts.append(f"{label} {row[name]:{form}}" + (" s" if name.endswith("_s") else ""))
     ends = [float(r["time"]) for r in history if r["step"] <= at][-11:]
-    if steps and (eta := eta_s(ends, steps - at)):
+    if eta := eta_s(ends, steps - at):
         parts.append(f"eta {duration(eta)}")
     return "  ".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,6 +88,7 @@ class Supervisor:
         """SIGTERM, then after `grace_s`, or once `hurried()`, SIGKILL to each with all its descendants; returns those
         that had to be killed."""
         stopping = {name: self._children[name] for name in names if name in self._children}
+        offspring = [process for child in stopping.values() for process in _descendants(child.process)]
         for child in stopping.values():
             _signal_session(child.process.pid, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
@@ -95,27 +97,25 @@ class Supervisor:
                 break
             time.sleep(0.02)
         killed = [name for name, child in stopping.items() if child.process.poll() is None]
+        offspring += [process for name in killed for process in _descendants(stopping[name].process)]
         for name, child in stopping.items():
-            _kill_tree(child.process)
+            _signal_session(child.process.pid, signal.SIGKILL)
+            child.process.wait(timeout=30)
             del self._children[name]
+        for process in offspring:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()  # psutil compares creation times, so a pid that is used again is safe
         return killed
 
 
-def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Ends a child and its descendants, those in sessions of their own too (torchrun starts its ranks that way)."""
-    descendants: list[psutil.Process] = []
-    if process.poll() is None:
-        try:
-            descendants = psutil.Process(process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            descendants = []
-    _signal_session(process.pid, signal.SIGKILL)
-    for descendant in descendants:
-        try:
-            descendant.kill()  # psutil compares creation times, so a reused pid is safe
-        except psutil.NoSuchProcess:
-            continue
-    process.wait(timeout=30)
+def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Also those in sessions of their own: torchrun starts its ranks that way."""
+    if process.poll() is not None:
+        return []
+    try:
+        return list(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _signal_session(leader: int, number: signal.Signals) -> None:

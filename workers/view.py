@@ -38,11 +38,14 @@ class View:
     """Shows a run until it is closed: `live` draws a table in place where there is a terminal, otherwise lines are
     printed."""
 
-    def __init__(self, run_dir: Path, address: str, *, live: bool, console: Console | None = None) -> None:
+    def __init__(self, run_dir: Path, address: str, *, steps: int, live: bool, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
-        self._feed = Feed(address)
+        self._over = threading.Event()
+        self._feed = Feed(address, self._over)
         self._screen: Screen = (
-            LiveScreen(self._console) if live and self._console.is_terminal else PlainScreen(self._console, run_dir)
+            LiveScreen(self._console)
+            if live and self._console.is_terminal
+            else PlainScreen(self._console, run_dir, steps)
         )
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -55,8 +58,13 @@ class View:
         """Shows a line of the launcher's; never waits."""
         self._said.put(text)
 
+    def buffer_left(self) -> None:
+        """Nobody is there to ask any more."""
+        self._over.set()
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Shows what there is and ends; waits at most `timeout_s` for a terminal that takes nothing."""
+        self._over.set()
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -64,6 +72,7 @@ class View:
     def _run(self) -> None:
         try:
             with self._screen:
+                self._turn()
                 while not self._closing.wait(REFRESH_S):
                     self._turn()
                 self._turn()
@@ -75,7 +84,7 @@ class View:
     def _turn(self) -> None:
         while not self._said.empty():
             self._console.print(Text(self._said.get()), soft_wrap=True)
-        self._screen.show(self._feed.latest() if not self._closing.is_set() else self._feed.status, self._feed.rates)
+        self._screen.show(self._feed.latest(), self._feed.rates)
 
 
 class Screen(Protocol):
@@ -85,10 +94,11 @@ class Screen(Protocol):
 
 
 class Feed:
-    """The buffer's Status, asked for over the link as an observer, and rates from one to the next."""
+    """The buffer's Status, asked for over the link as an observer, and rates from one to the next. Stops asking when
+    `over` is set."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, over: threading.Event) -> None:
+        self._address, self._over = address, over
         self._client: Client | None = None
         self._samples: dict[str, deque[tuple[float, float]]] = {}
         self.status: Status | None = None
@@ -97,14 +107,27 @@ class Feed:
     def latest(self) -> Status | None:
         """The newest status; the last known one while the buffer does not answer; None before the first."""
         try:
-            if self._client is None:
-                self._client = Client(self._address, _hello(), timeout_s=ASK_TIMEOUT_S)
-            self.status = self._client.ask(StatusRequest(), Status, ASK_TIMEOUT_S)
+            status = None if self._over.is_set() else self._ask()
         except (LinkError, OSError):
             self.close()
             return self.status
-        self._measure(self.status)
+        if status is not None:
+            self.status = status
+            self._measure(status)
         return self.status
+
+    def _ask(self) -> Status | None:
+        if self._client is None:
+            self._client = Client(self._address, _hello(), timeout_s=ASK_TIMEOUT_S)
+        self._client.send(StatusRequest())
+        deadline = time.monotonic() + ASK_TIMEOUT_S
+        while time.monotonic() < deadline and not self._over.is_set():
+            answer = self._client.receive(0.1)
+            if isinstance(answer, Status):
+                return answer
+        if not self._over.is_set():
+            self.close()
+        return None
 
     def close(self) -> None:
         if self._client is not None:
@@ -197,8 +220,8 @@ def render(status: Status, rates: Mapping[str, float], eta: float | None, now: f
 class PlainScreen:
     """One line for each step and evaluation, and one now and then when nothing moves."""
 
-    def __init__(self, console: Console, run_dir: Path) -> None:
-        self._console, self._run_dir = console, run_dir
+    def __init__(self, console: Console, run_dir: Path, steps: int) -> None:
+        self._console, self._run_dir, self._of = console, run_dir, steps
         history = read_metrics(run_dir)
         self._steps, self._evals = len(history.steps), len(history.evals)
         self._size = -1
@@ -214,17 +237,17 @@ class PlainScreen:
         path = self._run_dir / FILE
         size = path.stat().st_size if path.exists() else 0
         if size != self._size:
-            self._show_new(status.steps if status else None)
+            self._show_new()
             self._size, self._moved = size, time.monotonic()
         elif status and not status.done and time.monotonic() - self._moved > QUIET_S:
             self._print(waiting_line(status, rates, time.time()))
             self._moved = time.monotonic()
 
-    def _show_new(self, steps: int | None) -> None:
+    def _show_new(self) -> None:
         history = read_metrics(self._run_dir)
         rows = history.evals[self._evals :] + history.steps[self._steps :]
         for row in sorted(rows, key=lambda row: float(row["time"])):
-            self._print(eval_line(row) if "eval_step" in row else step_line(row, steps, history.steps))
+            self._print(eval_line(row) if "eval_step" in row else step_line(row, self._of, history.steps))
         self._steps, self._evals = len(history.steps), len(history.evals)
 
     def _print(self, line: str) -> None:

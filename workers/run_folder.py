@@ -1,0 +1,50 @@
+"""What the folder of a run says about it, and who may start processes for it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+from engine.config import Config, ConfigError, SftObjective
+from workers.metrics import read_metrics
+
+
+def log_path(config: Config) -> Path:
+    """The log; that it exists means that the run has begun."""
+    return config.run_dir / "rollouts.db"
+
+
+def trained(config: Config) -> bool:
+    """Whether a run has its last checkpoint."""
+    return (config.run_dir / "checkpoints" / f"step-{config.steps:06d}").exists()
+
+
+def complete(config: Config) -> bool:
+    """Whether a run has its last step, its last evaluation and its last checkpoint."""
+    history = read_metrics(config.run_dir)
+    evaluated = config.eval.prompts == 0 or isinstance(config.objective, SftObjective)
+    evaluated = evaluated or any(row["eval_step"] == config.steps for row in history.evals)
+    return any(row["step"] == config.steps for row in history.steps) and evaluated and trained(config)
+
+
+def snapshot(config: Config, path: str) -> Path:
+    """The config as it is now, kept with the run: a role that is started anew later reads the same."""
+    copy = config.run_dir / "config.toml"
+    if not (copy.exists() and copy.samefile(path)):
+        shutil.copyfile(path, copy)
+    return copy
+
+
+def own(lock: IO[str], run_dir: Path) -> None:
+    """Holds the run directory until the file closes. Raises `ConfigError` when another launcher does."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise ConfigError(f"{run_dir} is run by another launcher (pid {lock.read().strip() or 'unknown'})") from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
