@@ -71,19 +71,21 @@ def buffer(
 @app.command()
 def generator(config: ConfigPath, join: Join = None, name: Name = None, set: Overrides = None) -> None:
     """Sample responses for a run, from now until it ends or SIGTERM."""
+    loaded = load_config(config, set)
+    address = join or _address(loaded)
     from workers.generator import run
 
-    loaded = load_config(config, set)
-    raise typer.Exit(run(loaded, join or _address(loaded), name))
+    raise typer.Exit(run(loaded, address, name))
 
 
 @app.command()
 def reward(config: ConfigPath, join: Join = None, name: Name = None, set: Overrides = None) -> None:
     """Score responses for a run, in processes that may be killed."""
+    loaded = load_config(config, set)
+    address = join or _address(loaded)
     from workers.reward import run
 
-    loaded = load_config(config, set)
-    raise typer.Exit(run(loaded, join or _address(loaded), name))
+    raise typer.Exit(run(loaded, address, name))
 
 
 @app.command()
@@ -92,10 +94,11 @@ def learner(config: ConfigPath, join: Join = None, set: Overrides = None) -> Non
     if os.environ.get("HEADRACE_TETHERED") and "RANK" in os.environ:
         # torchrun starts its ranks in sessions of their own: one that is killed would leave them behind.
         die_with_parent(os.getppid(), signal.SIGKILL)
+    loaded = load_config(config, set)
+    address = join or _address(loaded)
     from workers.learner import run
 
-    loaded = load_config(config, set)
-    raise typer.Exit(run(loaded, join or _address(loaded)))
+    raise typer.Exit(run(loaded, address))
 
 
 @app.command()

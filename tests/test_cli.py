@@ -1,0 +1,194 @@
+"""The command line as a user meets it: real processes, exit codes, one clear line for each kind of bad input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from stored_run import small_run
+
+from engine.config import load_config
+from engine.models import create_model
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+name = "trial"
+steps = 3
+model = { type = "new", alphabet = "0123456789+= ", hidden = 16, layers = 1, heads = 2, kv_heads = 1, context = 64 }
+objective = { type = "dapo" }
+buffer = { groups_per_step = 2, samples_per_group = 2, prompt_tokens = 16 }
+generator = { sampling = { max_tokens = 8 } }
+learner = { lr = 1e-3, token_budget = 64 }
+tasks = [{ type = "jsonl", path = "rows.jsonl", chat = false, score = { type = "exact" }, held_out = 0 }]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "trial.toml").write_text(CONFIG)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
+    return tmp_path
+
+
+@pytest.fixture
+def with_model(folder: Path) -> Path:
+    config = load_config(folder / "trial.toml")
+    create_model(config.model, folder / "runs" / "trial" / "model", 0)  # type: ignore[arg-type]
+    return folder
+
+
+def headrace(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "workers.cli", *arguments],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def buffer(with_model: Path) -> Iterator[subprocess.Popen[str]]:
+    """A real buffer that serves; its address is in runs/trial/address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workers.cli", "buffer", "trial.toml"],
+        cwd=with_model, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    address = with_model / "runs" / "trial" / "address"
+    deadline = time.monotonic() + 30
+    while not address.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert address.exists(), "waited 30 s for the buffer's address"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy(folder: Path) -> None:
+    found = headrace(folder, "--help")
+    assert found.returncode == 0
+    for command in (
+        "launch",
+        "buffer",
+        "generator",
+        "reward",
+        "learner",
+        "check",
+        "show",
+        "export",
+        "status",
+        "report",
+    ):
+        assert f" {command} " in found.stdout
+    heavy = "{'torch', 'transformers', 'zmq', 'matplotlib', 'reasoning_gym', 'pyarrow', 'tensorboard'}"
+    code = f"import sys, workers.cli; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("check", "nosuch.toml"), "nosuch.toml: cannot be read"),
+        (("check", "rows.jsonl"), "rows.jsonl: not TOML"),
+        (("check", "trial.toml", "--set", "learner.rate=1"), "unknown field `rate` - at `$.learner`"),
+        (("check", "trial.toml", "--set", "steps"), "expected section.key=value"),
+        (("buffer", "trial.toml", "--set", "steps='many'"), "Expected `int`, got `str` - at `$.steps`"),
+        (("launch", "trial.toml", "--set", "steps=0"), "steps"),
+        (("launch", "trial.toml", "--set", "model={type='path', path='nosuch'}"), "nosuch"),
+        (("generator", "trial.toml"), "runs/trial/address: not there"),
+        (("learner", "trial.toml"), "--join tcp://HOST:PORT"),
+        (("show", "nosuch"), "nosuch: no such run"),
+        (("export", "nosuch", "rows.jsonl"), "nosuch: no such run"),
+        (("status", "nosuch"), "nosuch: no such run"),
+        (("report", "nosuch"), "nosuch: no such run"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_exit_code_2(folder: Path, arguments: tuple[str, ...], expected: str) -> None:
+    found = headrace(folder, *arguments)
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.startswith("headrace: ")
+    assert expected in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_a_contradiction_is_named_by_check(folder: Path) -> None:
+    found = headrace(folder, "check", "trial.toml", "--set", "learner.ranks=0")
+    assert found.returncode == 2
+    assert "learner.ranks" in found.stdout
+
+
+def test_the_traceback_is_there_for_who_asks(folder: Path) -> None:
+    found = headrace(folder, "check", "nosuch.toml", HEADRACE_TRACEBACK="1")
+    assert found.returncode != 0
+    assert "Traceback" in found.stderr
+
+
+def test_what_a_log_holds_is_shown_and_exported(folder: Path) -> None:
+    small_run(folder / "runs" / "trial")
+    for arguments, expected in (
+        (("show", "trial"), "trial"),
+        (("show", "trial", "--group", "5"), "all wrong"),
+        (("show", "runs/trial", "--step", "1"), "hash-1"),
+        (("export", "trial", "rows-out.jsonl"), "rows in rows-out.jsonl"),
+        (("status", "trial"), "runs/trial: 1 of 2 steps, not complete"),
+    ):
+        found = headrace(folder, *arguments)
+        assert found.returncode == 0, (arguments, found.stderr)
+        assert expected in found.stdout
+    assert (folder / "rows-out.jsonl").read_text().count("\n") > 5
+
+
+def test_a_damaged_log_is_a_failure_not_a_traceback(folder: Path) -> None:
+    (folder / "runs" / "trial").mkdir(parents=True)
+    (folder / "runs" / "trial" / "rollouts.db").write_bytes(b"not a database" * 100)
+    found = headrace(folder, "report", "trial")
+    assert found.returncode == 1
+    assert found.stderr.startswith("headrace: runs/trial/rollouts.db: ")
+    assert "Traceback" not in found.stderr
+
+
+def test_a_buffer_loads_no_torch_and_tells_its_status(buffer: subprocess.Popen[str], with_model: Path) -> None:
+    libraries = Path(f"/proc/{buffer.pid}/maps").read_text()
+    assert "libzmq" in libraries
+    assert "libtorch" not in libraries
+    found = headrace(with_model, "status", "trial")
+    assert found.returncode == 0
+    assert "trial · step 0 of 3" in found.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_buffer_ends_on_signals_with_their_exit_code(
+    buffer: subprocess.Popen[str], number: signal.Signals, code: int
+) -> None:
+    buffer.send_signal(number)
+    _, err = buffer.communicate(timeout=20)
+    assert buffer.returncode == code
+    assert "Traceback" not in err
+
+
+def test_a_log_that_is_there_and_a_port_in_use_are_refused(buffer: subprocess.Popen[str], with_model: Path) -> None:
+    found = headrace(with_model, "buffer", "trial.toml")
+    assert found.returncode == 2
+    assert "continue it with --resume" in found.stderr
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as taken:
+        port = taken.bind_to_random_port("tcp://127.0.0.1")
+        (with_model / "runs" / "other").mkdir()
+        (with_model / "runs" / "trial" / "model").rename(with_model / "runs" / "other" / "model")
+        found = headrace(
+            with_model, "buffer", "trial.toml", "--set", "name=other", "--address", f"tcp://127.0.0.1:{port}"
+        )
+    assert found.returncode == 1
+    assert f"headrace: bind tcp://127.0.0.1:{port}: Address already in use" in found.stderr
+
+
+def test_a_worker_that_finds_no_buffer_says_what_it_waited_for(folder: Path) -> None:
+    (folder / "runs" / "trial").mkdir(parents=True)
+    (folder / "runs" / "trial" / "address").write_text("tcp://127.0.0.1:9\n")
+    found = headrace(folder, "status", "trial")
+    assert found.returncode == 1
+    assert "runs/trial/rollouts.db: no such log" in found.stderr
