@@ -222,8 +222,7 @@ class PlainScreen:
 
     def __init__(self, console: Console, run_dir: Path, steps: int) -> None:
         self._console, self._run_dir, self._of = console, run_dir, steps
-        history = read_metrics(run_dir)
-        self._steps, self._evals = len(history.steps), len(history.evals)
+        self._since, self._shown = time.time(), 0
         self._size = -1
         self._moved = time.monotonic()
 
@@ -245,10 +244,12 @@ class PlainScreen:
 
     def _show_new(self) -> None:
         history = read_metrics(self._run_dir)
-        rows = history.evals[self._evals :] + history.steps[self._steps :]
-        for row in sorted(rows, key=lambda row: float(row["time"])):
+        # What a run that goes on had before is not shown again.
+        rows = [row for row in history.evals + history.steps if float(row["time"]) >= self._since]
+        rows.sort(key=lambda row: float(row["time"]))
+        for row in rows[self._shown :]:
             self._print(eval_line(row) if "eval_step" in row else step_line(row, self._of, history.steps))
-        self._steps, self._evals = len(history.steps), len(history.evals)
+        self._shown = len(rows)
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
