@@ -1,0 +1,63 @@
+"""One rank of `test_learn_torch`'s two-process tests: trains its share of a step for each job, writes what it got."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from learner_cases import make_batch, make_config, select, tiny_model
+from safetensors.torch import save_file
+
+from engine.learn_torch import NonFiniteError, TorchLearner
+from engine.models import named_weights
+from protocols.messages import Batch
+
+GROUPS = [(5, [3, 1, 9]), (4, [2, 6, 4]), (12, [8, 3, 4]), (3, [1, 2])]
+SHARES = [[[0, 2], [1, 3]], [[0, 1, 2, 3], []]]
+"""[update][rank]: the second rank has nothing in the second update."""
+COMMON = {"updates_per_step": 2, "token_budget": 16, "bucket_mb": 1, "grad_clip": 0.0}
+JOBS = {"token": {"loss": "token"}, "sequence": {"loss": "sequence"}, "poison": {}}
+
+
+def updates(rank: int | None) -> list[Batch]:
+    """This rank's share of every update; all of it for None."""
+    made = []
+    for seed, shares in enumerate(SHARES):
+        groups = list(chain(*shares)) if rank is None else shares[rank]
+        made.append(select(make_batch(GROUPS, seed=seed), groups))
+    return made
+
+
+def train(job: str, rank: int, world: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Metrics, and the last gradient and the weights by name."""
+    model = tiny_model()
+    learner = TorchLearner(make_config(objective=JOBS[job], **COMMON), model, rank=rank, world=world)
+    if job == "poison" and rank == 1:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.fill_(torch.nan)
+    metrics = learner.step(1, updates(rank if world > 1 else None))
+    return metrics, {"gradient": learner.optimizer.gradient, **named_weights(model)}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for job in JOBS:
+        try:
+            metrics, tensors = train(job, rank, 2)
+        except NonFiniteError as error:
+            (folder / f"{job}{rank}.error").write_text(str(error))
+            continue
+        save_file(tensors, folder / f"{job}{rank}.safetensors")
+        (folder / f"{job}{rank}.json").write_text(json.dumps(metrics))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
