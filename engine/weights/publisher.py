@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 BUCKET_BYTES = 32 << 20
 GRACE_S = 2.0
 IDLE_POLL_S = 0.02
-BUSY_POLL_S = 0.001
+BUSY_POLL_S = 0.0003
 
 
 @dataclass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 import msgspec
 import torch
+from torch import Tensor
 from torch.distributed import TCPStore
 
 from engine.weights import control
@@ -36,6 +38,16 @@ from engine.weights.transport import Connect, Seat, Transport, TransportError, b
 from engine.weights.update import Shelf, Update
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Incoming:
+    """An update on its way: the buffer it comes into, the tensors in it, and what they hash to once all are in."""
+
+    offer: Offer
+    flat: Tensor
+    tensors: dict[str, Tensor]
+    fingerprints: list[str] | None = None
 
 
 class Subscriber:
@@ -66,8 +78,7 @@ class Subscriber:
         self._shelf = Shelf(self._device)
         self._transport: Transport | None = None
         self._epoch = 0
-        self._offer: Offer | None = None
-        self._received: tuple[int, list[str], torch.Tensor] | None = None
+        self._incoming: Incoming | None = None
         self._error: str | None = None
         self._closing = threading.Event()
         self._asked_at: float | None = None
@@ -184,9 +195,7 @@ class Subscriber:
     def _obey(self, message: ToMember) -> None:
         match message:
             case Offer():
-                self._offer, self._received = message, None
-                nbytes = self._shelf.claim(message.layout.nbytes).numel()
-                self._say(self._store, Ready(self._member, message.offer, nbytes))
+                self._prepare(message)
             case Take():
                 self._take(message)
             case Check():
@@ -200,22 +209,26 @@ class Subscriber:
                 self._fail(message.reason)
 
     def _join(self) -> int:
-        self._offer, self._received = None, None
+        self._incoming = None
         member: int = self._store.add("joins", 1)
         self._store.set(control.member_key(member), self._name)
         self._say(self._store, Join(member, self._name, backend_of(self._device), self._shelf.version))
         self._counters["joins"] += 1
         return member
 
+    def _prepare(self, offer: Offer) -> None:
+        flat = self._shelf.claim(offer.layout.nbytes)
+        self._say(self._store, Ready(self._member, offer.offer, flat.numel()))
+        self._incoming = Incoming(offer, flat, offer.layout.views(flat))  # while the learner reads that
+
     def _take(self, take: Take) -> None:
-        offer = self._offer
-        if offer is None or offer.offer != take.offer:
+        incoming = self._incoming
+        if incoming is None or incoming.offer.offer != take.offer:
             return
         started = time.monotonic()
-        flat = self._shelf.claim(offer.layout.nbytes)
-        digests = Digests(offer.layout)
+        offer, digests = incoming.offer, Digests(incoming.offer.layout)
         try:
-            for bucket in transfer(self._seated(take), flat, offer.bucket_bytes):
+            for bucket in transfer(self._seated(take), incoming.flat, offer.bucket_bytes):
                 digests.feed(bucket)
         except TransportError as error:
             log.warning("%s: version %d: %s", self, offer.version, error)
@@ -223,26 +236,25 @@ class Subscriber:
             self._disconnect()
             self._say(self._store, Failed(self._member, take.offer, str(error)))
             return
-        self._received = (take.offer, digests.result(), flat)
-        self._counters["bytes"] += flat.numel()
+        incoming.fingerprints = digests.result()
+        self._counters["bytes"] += incoming.flat.numel()
         self._counters["receive_s"] += time.monotonic() - started
 
     def _check(self, check: Check) -> None:
-        offer, received = self._offer, self._received
-        if offer is None or received is None or not check.offer == offer.offer == received[0]:
+        incoming = self._incoming
+        if incoming is None or incoming.offer.offer != check.offer or incoming.fingerprints is None:
             return
-        _, found, flat = received
-        names = [entry.name for entry in offer.layout.entries]
-        wrong = [name for name, got, expected in zip(names, found, check.fingerprints, strict=True) if got != expected]
-        self._offer, self._received = None, None
+        self._incoming = None
+        version, names = incoming.offer.version, [entry.name for entry in incoming.offer.layout.entries]
+        found = dict(zip(names, incoming.fingerprints, strict=True))
+        wrong = [name for name, expected in zip(names, check.fingerprints, strict=True) if found[name] != expected]
         if wrong:
-            log.error("%s: version %d refused: %s failed the check", self, offer.version, ", ".join(wrong))
+            log.error("%s: version %d refused: %s failed the check", self, version, ", ".join(wrong))
             self._counters["refused"] += 1
             self._disconnect()
             self._say(self._store, Refused(self._member, check.offer, wrong))
             return
-        digest = weights_hash(dict(zip(names, found, strict=True)))
-        self._shelf.put(offer.version, offer.layout.views(flat), hash=digest, flat=flat)
+        self._shelf.put(version, incoming.tensors, hash=weights_hash(found), flat=incoming.flat)
         self._counters["received"] += 1
         self._say(self._store, Done(self._member, check.offer))
 
