@@ -45,6 +45,17 @@ def test_clip_higher(dtype: torch.dtype) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("clip", [0.1, 0.2, 0.22, 0.28, 0.3])
+def test_a_ratio_at_its_bound_is_clipped_whatever_the_rounding(clip: float) -> None:
+    logp = torch.tensor([[1 + clip, 1 - clip]]).log().requires_grad_()
+    for shift in (0.0, -1.7, -12.3):
+        loss, _ = clipped_surrogate(
+            logp + shift, torch.full_like(logp, shift), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2),
+            clip_low=clip, clip_high=clip, denominator=1,
+        )  # fmt: skip
+        assert not torch.autograd.grad(loss, logp)[0].any()
+
+
 @pytest.mark.parametrize(("dual_clip", "column"), [(3.0, "loss_c3"), (10.0, "loss_c10"), (None, "loss_no_dual")])
 def test_dual_clip(dual_clip: float | None, column: str) -> None:
     inputs, expected = VECTORS["A2"]["inputs"], VECTORS["A2"]["expected"][column]
