@@ -111,12 +111,6 @@ def pack(batch: Batch, *, token_budget: int, device: torch.device | str) -> list
     return [_lay_out(batch, sorted(units, key=lambda unit: unit.responses[0]), device) for units in bins]
 
 
-def input_tokens(batch: Batch) -> tuple[int, int]:
-    """Input positions with one prompt a group, and with one prompt a response (what packing saves is the difference)."""
-    own = int(batch.lengths.sum()) - batch.lengths.shape[0]
-    return own + int(batch.prompt_lengths.sum()), own + int((batch.prompt_lengths * batch.sizes).sum())
-
-
 def _units(batch: Batch, token_budget: int) -> list[_Unit]:
     units: list[_Unit] = []
     first = 0

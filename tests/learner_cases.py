@@ -18,9 +18,11 @@ from transformers import (
 
 import engine.attention
 from engine.config import Config, parse_config
+from engine.models import named_weights
 from protocols.messages import BOOL, FLOAT, INT, Batch
 
 VOCABULARY = 61
+GROUPS = [(5, [3, 1, 9, 2]), (1, [1, 4]), (12, [2, 20, 4, 7]), (3, [1, 1])]
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
@@ -111,3 +113,19 @@ def padded_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1
     model.set_attn_implementation(engine.attention.NAME)
     logp = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     return torch.cat([logp[row, len(p) - 1 : len(p) + len(r) - 1] for row, (p, r) in enumerate(pairs)])
+
+
+def near_policy(batch: Batch, seed: int = 5) -> Batch:
+    """The batch with behaviour log-probabilities about those of the tiny model, so that ratios are around 1."""
+    noise = np.random.default_rng(seed).normal(scale=0.3, size=len(batch.tokens))
+    logp = padded_logprobs(tiny_model(), batch).detach().numpy() + noise
+    columns = {name: getattr(batch, name) for name in batch.__struct_fields__}
+    return Batch(**columns | {"logprobs": np.minimum(logp, 0).astype(np.float32)})
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in named_weights(model).items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

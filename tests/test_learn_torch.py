@@ -13,20 +13,22 @@ import learner_rank
 import numpy as np
 import pytest
 import torch
-from learner_cases import make_batch, make_config, padded_logprobs, tiny_model
+from learner_cases import (
+    GROUPS,
+    make_batch,
+    make_config,
+    near_policy,
+    padded_logprobs,
+    same_bits,
+    tiny_model,
+    weights_of,
+)
 from safetensors.torch import load_file
 
-from engine.histograms import (
-    lag_histogram,
-    lag_quantile,
-    log_ratio_histogram,
-    ratio_quantile,
-)
 from engine.learn_torch import NonFiniteError, TorchLearner
 from engine.models import named_weights
 from protocols.messages import Batch
 
-GROUPS = [(5, [3, 1, 9, 2]), (1, [1, 4]), (12, [2, 20, 4, 7]), (3, [1, 1])]
 CORRECTIONS = {
     "none": {"type": "none"},
     "decoupled": {"type": "decoupled"},
@@ -39,14 +41,6 @@ PROMISED = {
     "kl_behaviour", "weight_mean", "weight_capped_fraction", "lag_mean", "lag_p99", "lag_max", "masked_fraction",
     "length_mean", "reward_mean", "accuracy", "trained_tokens", "prompt_tokens_saved", "updates",
 }  # fmt: skip
-
-
-def near_policy(batch: Batch, seed: int = 5) -> Batch:
-    """The batch with behaviour log-probabilities about those of the tiny model, so that ratios are around 1."""
-    noise = np.random.default_rng(seed).normal(scale=0.3, size=len(batch.tokens))
-    logp = padded_logprobs(tiny_model(), batch).detach().numpy() + noise
-    columns = {name: getattr(batch, name) for name in batch.__struct_fields__}
-    return Batch(**columns | {"logprobs": np.minimum(logp, 0).astype(np.float32)})
 
 
 def plain_loss(
@@ -87,14 +81,6 @@ def plain_loss(
 
 def gradient_of(model, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(named_weights(model).values()))])
-
-
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in named_weights(model).items()}
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- the objective -------------------------------------------------------------------------------------------------
@@ -260,102 +246,6 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
         learner.step(1, [near_policy(make_batch(GROUPS))])
 
 
-# --- the optimizer -------------------------------------------------------------------------------------------------
-
-
-def test_warm_up_is_linear_in_rollout_steps() -> None:
-    learner = TorchLearner(make_config(lr=0.4, warmup_steps=4), tiny_model())
-    rates = [learner.step(step, [make_batch(GROUPS, step=step)] * 2)["lr"] for step in (1, 2, 4, 5, 9)]
-    assert rates == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4])
-
-
-def test_gradient_is_clipped_by_its_global_norm() -> None:
-    batch = near_policy(make_batch(GROUPS))
-    free, held = (TorchLearner(make_config(grad_clip=clip), tiny_model()) for clip in (0.0, 0.01))
-    norm = free.step(1, [batch])["grad_norm"]
-    assert norm == pytest.approx(free.optimizer.gradient.norm().item())
-    assert held.step(1, [batch])["grad_norm"] == pytest.approx(norm)
-    assert held.optimizer.gradient.norm().item() == pytest.approx(0.01, rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resumed_training_continues_to_the_same_bits(dtype: str) -> None:
-    batches = [make_batch(GROUPS, seed=step, step=step) for step in (1, 2)]
-    config = make_config(dtype=dtype, lr=1e-3)
-    model = tiny_model(dtype=getattr(torch, dtype))
-    learner = TorchLearner(config, model)
-    learner.step(1, batches[:1])
-    weights = weights_of(model)
-    state = {name: tensor.clone() for name, tensor in learner.optimizer_state().items()}
-    learner.step(2, batches[1:])
-
-    other = tiny_model(dtype=getattr(torch, dtype))
-    resumed = TorchLearner(config, other)
-    with torch.no_grad():
-        for name, weight in named_weights(other).items():
-            weight.copy_(weights[name])
-    resumed.load_optimizer_state(state)
-    resumed.step(2, batches[1:])
-    assert same_bits(weights_of(other), weights_of(model))
-    assert same_bits(resumed.optimizer_state(), learner.optimizer_state())
-
-
-def test_optimizer_state_of_another_model_is_refused() -> None:
-    learner = TorchLearner(make_config(), tiny_model())
-    state = learner.optimizer_state()
-    with pytest.raises(ValueError, match=r"1 tensors are missing or unknown, the first is exp_avg\."):
-        learner.load_optimizer_state(
-            {name: t for name, t in state.items() if not name.endswith("avg.model.norm.weight")}
-        )
-    with pytest.raises(ValueError, match=r"model\.norm\.weight: got shape \[3\], expected \[32\]"):
-        learner.load_optimizer_state(state | {"exp_avg.model.norm.weight": torch.zeros(3)})
-
-
-def test_bfloat16_keeps_steps_that_its_weights_cannot_show() -> None:
-    model = tiny_model(dtype=torch.bfloat16)
-    learner = TorchLearner(make_config(dtype="bfloat16", lr=1e-6, weight_decay=0.0), model)
-    weight, master = model.model.norm.weight, learner.optimizer_state()["master.model.norm.weight"]
-    before = master.clone()
-    learner.step(1, [near_policy(make_batch(GROUPS))])
-    assert (master != before).all()  # by about 1e-6 of 1.0, where bfloat16 has steps of 8e-3
-    assert (weight == 1).all()
-    assert weight.dtype == torch.bfloat16
-
-
-def test_bfloat16_gradient_is_close_to_float32() -> None:
-    batch = near_policy(make_batch(GROUPS))
-    learners = [
-        TorchLearner(make_config(dtype=str(dtype)[6:], token_budget=20, grad_clip=0.0), tiny_model(dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    for learner in learners:
-        learner.step(1, [batch])
-    exact, rough = (learner.optimizer.gradient for learner in learners)
-    assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.99
-
-
-def test_gradient_checkpointing_gives_the_same_gradient() -> None:
-    batch = near_policy(make_batch(GROUPS))
-    kept, remade = (TorchLearner(make_config(gradient_checkpointing=on), tiny_model()) for on in (False, True))
-    kept.step(1, [batch])
-    forward_passes = []
-    remade.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forward_passes.append(1))
-    remade.step(1, [batch])
-    assert len(forward_passes) == 2
-    torch.testing.assert_close(kept.optimizer.gradient, remade.optimizer.gradient, atol=1e-7, rtol=1e-5)
-
-
-def test_same_data_gives_the_same_bits() -> None:
-    results = []
-    for _ in range(2):
-        model = tiny_model()
-        learner = TorchLearner(make_config(token_budget=30, updates_per_step=2), model)
-        metrics = learner.step(1, [near_policy(make_batch(GROUPS, seed=seed)) for seed in (1, 2)])
-        results.append((metrics, weights_of(model)))
-    assert results[0][0] == results[1][0]
-    assert same_bits(results[0][1], results[1][1])
-
-
 # --- metrics -------------------------------------------------------------------------------------------------------
 
 
@@ -391,22 +281,3 @@ def test_metrics_of_a_step() -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=5e-3, abs=1e-6)
     assert metrics.keys() >= PROMISED
     assert all(type(value) is float for value in metrics.values())
-
-
-def test_log_ratio_quantiles_of_a_histogram() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for scale in (1e-6, 1e-3, 0.1, 5.0):
-        values = scale * torch.randn(4001, generator=generator)
-        histogram = log_ratio_histogram(values, torch.ones(4001, dtype=torch.bool)).numpy()
-        for q in (0.01, 0.5, 0.99):
-            exact = float(np.quantile(values.double().numpy(), q, method="inverted_cdf"))
-            assert math.log(ratio_quantile(histogram, q)) == pytest.approx(exact, rel=0.01, abs=1e-7)
-    assert ratio_quantile(log_ratio_histogram(torch.zeros(3), torch.ones(3, dtype=torch.bool)).numpy(), 0.5) == 1.0
-    assert math.isnan(ratio_quantile(np.zeros(4096), 0.5))
-
-
-def test_lag_quantiles_of_a_histogram() -> None:
-    lags = np.array([0] * 98 + [1, 5])
-    histogram = lag_histogram(lags)
-    assert [lag_quantile(histogram, q) for q in (0.5, 0.99, 1.0)] == [0, 1, 5]
-    assert lag_quantile(lag_histogram(np.zeros(0, np.int32)), 0.5) == 0
