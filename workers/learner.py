@@ -88,6 +88,7 @@ class Learner:
         self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
         self.start = self._resume()
         self.publisher: Publisher | None = None
+        self.announced_to: m.Welcome | None = None
         if rank == 0 and config.generator is not None:
             self._open_publisher(device)
 
@@ -183,8 +184,9 @@ class Learner:
     def _poll(self, kind: type[T], timeout_s: float) -> T | None:
         deadline = time.monotonic() + timeout_s
         while True:
+            self._announce()
             left = max(0.0, deadline - time.monotonic())
-            match self.client.receive(left):
+            match self.client.receive(min(left, 1.0)):
                 case None if left == 0.0:
                     return None
                 case m.Goodbye(reason):
@@ -216,9 +218,14 @@ class Learner:
             bucket_bytes=self.config.learner.bucket_mb << 20,
             peer_timeout_s=self.config.learner.peer_timeout_s,
         )
-        host, port = self.publisher.address
-        self.client.send(m.Announce(host, port))
+        self._announce()
         self.publisher.publish(self.start, named_weights(self.model))
+
+    def _announce(self) -> None:
+        """Once to every buffer: one that was started anew has forgotten where the weights are."""
+        if self.publisher is not None and self.client.welcome is not self.announced_to:
+            self.announced_to = self.client.welcome
+            self.client.send(m.Announce(*self.publisher.address))
 
 
 def empty_batch(step: int) -> m.Batch:
