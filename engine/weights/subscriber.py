@@ -180,12 +180,10 @@ class Subscriber:
 
     def _receive(self) -> None:
         try:
-            while self._error is None:
-                message = control.receive(self._store, self._member)
-                if isinstance(message, Stop):
-                    self._say(self._store, Leave(self._member))
-                    break
-                self._obey(message)
+            while self._error is None and not self._closing.is_set():
+                self._obey(control.receive(self._store, self._member))
+            if self._error is None:
+                self._say(self._store, Leave(self._member))
         except (RuntimeError, msgspec.DecodeError) as error:  # torch's errors of a lost store; a foreign message
             self._fail(_first_line(error))
         finally:
@@ -204,6 +202,8 @@ class Subscriber:
                 log.warning("%s: dropped by the learner; joining again", self)
                 self._disconnect()
                 self._member = self._join()
+            case Stop():
+                pass  # it has served to wake this thread
             case Reject():
                 self._store.delete_key(control.member_key(self._member))
                 self._fail(message.reason)
