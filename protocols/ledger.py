@@ -296,7 +296,10 @@ class Ledger:
     # --- after a crash: the same state from the log ------------------------------------------------------------------
 
     def restore_rollout(self, group: int, sample: int, tokens: int) -> None:
-        self._rolled(group, sample, self.groups[group].samples[sample], tokens)
+        known = self.groups[group]
+        self._rolled(group, sample, known.samples[sample], tokens)
+        if group in self._to_issue and not any(s.stage == "new" for s in known.samples):
+            self._to_issue.remove(group)  # it may be decided, and gone, before a generator joins
 
     def restore_grade(self, group: int, sample: int, attempt: int, verdict: str, correct: bool) -> None:
         known = self.groups[group]

@@ -241,6 +241,18 @@ def test_restored_state_goes_on_where_it_was() -> None:
     assert ledger.decide(0.0) == [Score("r", 7, 1, 0)]
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_a_restored_group_that_needs_no_generator_is_not_waiting_for_one(right: bool) -> None:
+    ledger = Ledger(PACE)
+    ledger.add_group(7, "train", 2)
+    for sample in (0, 1):
+        ledger.restore_rollout(7, sample, 5)
+        ledger.restore_grade(7, sample, 0, "graded", right and sample == 0)
+    ledger.joined("g", "generator", 4)
+    assert ledger.appetite() == 4
+    assert [type(d) for d in ledger.decide(0.0)] == [Decided]
+
+
 def test_out_of_turn_steps_are_refused_by_name() -> None:
     ledger = running()
     with pytest.raises(ValueError, match="got step 3, expected 1"):

@@ -69,6 +69,9 @@ def run(config: Config, join: str) -> int:
         Learner(config, client, join, rank=rank, world=world, device=device).train()
     except Over as over:
         print(f"learner-{rank}: {over}", file=sys.stderr, flush=True)
+    except SystemExit:
+        client.send(m.Goodbye("stopped"))  # else the buffer would take its silence for a stall, and wait
+        raise
     finally:
         client.close()
         if world > 1:
