@@ -8,7 +8,7 @@ ever sees padding.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def _forward(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, None]:
     attention: Attention = arguments[ARGUMENT]
-    return attention.attend(module.layer_idx, query, key, value, arguments["scaling"]), None
+    return attention.attend(cast("int", module.layer_idx), query, key, value, arguments["scaling"]), None
 
 
 AttentionInterface.register(NAME, _forward)

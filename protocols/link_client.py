@@ -72,7 +72,7 @@ class Client:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the buffer was last heard."""
+        """Seconds since the buffer was last heard, over however many connections."""
         return time.monotonic() - self._heard
 
     def status(
@@ -190,7 +190,7 @@ class Client:
         poller = zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
-        self._heard = time.monotonic()
+        dialled = time.monotonic()  # `_heard` stays: how long the buffer has been silent does not begin anew
         dealer.send_multipart(encode(self.hello))
         next_beat = time.monotonic() + 0.5
         while True:
@@ -204,7 +204,7 @@ class Client:
             if self._closing.is_set():
                 return
             if time.monotonic() >= next_beat:
-                if self.silent_s > SILENCE * max(1.0, self.welcome.heartbeat_s):
+                if time.monotonic() - max(self._heard, dialled) > SILENCE * max(1.0, self.welcome.heartbeat_s):
                     return
                 dealer.send_multipart(encode(self._beat if self._welcomed.is_set() else self.hello))
                 next_beat = time.monotonic() + self.welcome.heartbeat_s

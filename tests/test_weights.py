@@ -389,6 +389,21 @@ def test_subscribers_notice_that_the_learner_is_gone(signal_: signal.Signals, sa
             assert lost["at"] - began < TIMEOUT_S + 3.0
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_process_that_closes_nothing_still_ends_with_its_own_exit_code(code: int) -> None:
+    script = f"""
+import torch
+from engine.weights import Publisher, Subscriber
+publisher = Publisher("127.0.0.1", peer_timeout_s=10)
+publisher.publish(0, {{"x": torch.ones(9)}})
+subscriber = Subscriber(*publisher.address, name="a", timeout_s=10)
+subscriber.wait(20)
+raise SystemExit({code})
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=SCRIPT.parent.parent, timeout=START_S)
+    assert ended.returncode == code
+
+
 # --- one process ---------------------------------------------------------------------------------------------------
 
 

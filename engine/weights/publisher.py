@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -80,6 +81,9 @@ class Publisher:
         ) | dict.fromkeys(["dropped", "refused_updates", "failed_updates"], 0.0)
         self._thread = threading.Thread(target=self._run, name="weights-publisher", daemon=True)
         self._thread.start()
+        atexit.register(
+            self.close
+        )  # a thread that is in native code while the interpreter ends would abort the process
 
     @property
     def counters(self) -> dict[str, float]:
@@ -131,6 +135,7 @@ class Publisher:
 
     def close(self) -> None:
         """Stop serving; subscribers see the connection lost. Waits for a broadcast under way, up to its timeout."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closing = True
             self._changed.notify_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -91,6 +92,9 @@ class Subscriber:
         ]
         for thread in self._threads:
             thread.start()
+        atexit.register(
+            self.close
+        )  # a thread that is in native code while the interpreter ends would abort the process
 
     @property
     def alive(self) -> bool:
@@ -137,14 +141,11 @@ class Subscriber:
 
     def close(self) -> None:
         """Leave. Waits for a broadcast under way, up to its timeout."""
+        atexit.unregister(self.close)
         self._closing.set()
-        if self._error is None:
-            try:
-                control.send(self._beat_store, control.queue_of(self._member), Stop())
-            except RuntimeError as error:
-                self._fail(_first_line(error))
+        deadline = time.monotonic() + self._timeout_s
         for thread in self._threads:
-            thread.join(self._timeout_s)
+            thread.join(max(0.1, deadline - time.monotonic()))
             if thread.is_alive():
                 log.error("%s: %s still waits; left behind", self, thread.name)
 
@@ -173,6 +174,8 @@ class Subscriber:
                     control.send(self._beat_store, control.queue_of(member), Dropped())
                     told = member
                 self._asked_at = None
+            if self._error is None:
+                control.send(self._beat_store, control.queue_of(self._member), Stop())
         except RuntimeError as error:  # torch's errors of a lost store
             self._fail(_first_line(error))
 

@@ -5,8 +5,9 @@ or another fabric passes a `Connect` of its own to publisher and subscriber.
 
 After an error a group is of no further use: close it and build another under a new epoch. Its destructor waits for
 operations that are still queued, which fail at once after a reset and at their timeout otherwise; so every group
-carries the peer timeout. Native threads outlive Python's: call `close()` before the interpreter ends, and after a
-broken group prefer `os._exit` to an exit that unloads libraries under them.
+carries the peer timeout. A Python thread that is inside native code when the interpreter ends aborts the process:
+publisher and subscriber therefore close themselves at exit, and one whose thread could not be waited for (it says so
+in the log) should end by `os._exit`.
 """
 
 from __future__ import annotations
