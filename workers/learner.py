@@ -91,6 +91,7 @@ class Learner:
         self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
         self.start = self._resume()
         self.publisher: Publisher | None = None
+        self.over: Over | None = None
         self.announced_to: m.Welcome | None = None
         if rank == 0 and config.generator is not None:
             self._open_publisher(device)
@@ -154,7 +155,7 @@ class Learner:
             commit = m.StepCommit(step, digest, code_version(), started_at, finished_at, metrics)
             self.client.send(commit)
             self.client.flush(COMMIT_TIMEOUT_S)
-            self._poll(m.Plan, 0.0)  # a refusal of the commit would be here
+            self._hear_refusal()
         if self.publisher is not None:
             self.publisher.publish(step, weights, fingerprints=prints)
         if step % self.config.learner.checkpoint_every == 0 or step == self.config.steps:
@@ -184,7 +185,17 @@ class Learner:
             raise TimeoutError(f"learner-{self.rank}: waited {timeout_s:.0f} s for {what} from {self.address}")
         return found
 
+    def _hear_refusal(self) -> None:
+        """Raises `Refused` if the buffer refused the commit. A goodbye that is here already is kept for later: the step
+        counts, so its checkpoint must still be written."""
+        try:
+            self._poll(m.Plan, 0.0)
+        except Over as over:
+            self.over = over
+
     def _poll(self, kind: type[T], timeout_s: float) -> T | None:
+        if self.over is not None:
+            raise self.over
         deadline = time.monotonic() + timeout_s
         while True:
             self._announce()
