@@ -92,8 +92,9 @@ class Generator:
     def serve(self) -> None:
         """Returns when the run is over or this worker was told to stop. Raises `LinkTimeout` when the buffer is gone,
         `LearnerLost` when the learner is, `TicketRefused` or `WeightsRefused` when either does not fit the model."""
+        # Only at first: later announcements come as messages, and what a welcome said then may be a learner that is gone.
+        self.weights.connect(self.client.welcome.weights)
         while not self.over and not self.stop.is_set():
-            self.weights.connect(self.client.welcome.weights)
             self._adopt()
             working = self.has_weights and self.engine.ready
             self._take(0.0 if working else IDLE_S)

@@ -32,7 +32,7 @@ class WeightFeed:
         self._learner_timeout_s = learner_timeout_s
         self._where: Announce | None = None
         self._subscriber: Subscriber | None = None
-        self._connecting = False
+        self._connecting: Announce | None = None
         self._made: queue.SimpleQueue[tuple[Announce, Subscriber | ConnectionError]] = queue.SimpleQueue()
         self._alone_since = time.monotonic()
         self._trouble = "none was announced by the buffer"
@@ -65,8 +65,9 @@ class WeightFeed:
             raise LearnerLost(
                 f"no learner for {alone_s:.0f} s (limit {self._learner_timeout_s:.0f} s): {self._trouble}"
             )
-        if self._where is not None and not self._connecting:
-            self._connecting = True
+        # An attempt at a learner that is gone may last as long as its timeout; a new one does not wait for it.
+        if self._where is not None and self._connecting != self._where:
+            self._connecting = self._where
             threading.Thread(target=self._connect, args=[self._where], name="weights-connect", daemon=True).start()
         return None
 
@@ -92,11 +93,13 @@ class WeightFeed:
             where, made = self._made.get_nowait()
         except queue.Empty:
             return
-        self._connecting = False
+        if where == self._connecting:
+            self._connecting = None
         if isinstance(made, ConnectionError):
-            self._trouble = str(made)
-            self._say(f"no learner there, trying again: {made}")
-        elif where != self._where:
+            if where == self._where:
+                self._trouble = str(made)
+                self._say(f"no learner there, trying again: {made}")
+        elif where != self._where or self._subscriber is not None:
             self._close_aside(made)
         else:
             self._subscriber = made
