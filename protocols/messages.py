@@ -34,7 +34,8 @@ def _check(ok: bool, what: str, got: object, expected: str) -> None:
 
 def _check_array(what: str, array: np.ndarray, dtype: np.dtype, length: int | None = None) -> None:
     _check(isinstance(array, np.ndarray), what, type(array).__name__, "a numpy array")
-    _check(array.dtype == dtype and array.ndim == 1, what, f"{array.dtype}{list(array.shape)}", f"{dtype} of one axis")
+    if array.dtype != dtype or array.ndim != 1:  # tested first: to print a dtype costs more than the rest of a decode
+        _check(False, what, f"{array.dtype}{list(array.shape)}", f"{dtype} of one axis")
     if length is not None:
         _check(array.shape[0] == length, what, array.shape[0], f"{length} entries")
 
@@ -47,7 +48,7 @@ def _check_tokens(where: str, tokens: np.ndarray, logprobs: np.ndarray, versions
     runs = sum(count for _, count in versions)
     _check(runs == tokens.shape[0], f"{where}.versions", f"runs over {runs} tokens", f"{tokens.shape[0]} tokens")
     _check(
-        all(count > 0 and version >= 0 for version, count in versions),
+        all(count > 0 and 0 <= version < 1 << 31 for version, count in versions),
         f"{where}.versions",
         versions,
         "(version >= 0, count > 0) runs",
@@ -140,6 +141,8 @@ class Rollout(Struct, frozen=True, tag="rollout", eq=False):
         )
         _check_tokens("rollout", self.tokens, self.logprobs, self.versions)
         _check(self.tokens.shape[0] > 0, "rollout.tokens", 0, "at least one token")
+        times = (self.started_at, self.finished_at)
+        _check(all(map(math.isfinite, times)), "rollout times", times, "finite numbers")
 
 
 class HandBack(Struct, frozen=True, tag="hand_back", eq=False):
@@ -188,6 +191,7 @@ class Grade(Struct, frozen=True, tag="grade"):
 
     def __post_init__(self) -> None:
         _check(math.isfinite(self.reward), "grade.reward", self.reward, "a finite number")
+        _check(math.isfinite(self.seconds), "grade.seconds", self.seconds, "a finite number")
         _check(all(math.isfinite(x) for x in self.parts.values()), "grade.parts", self.parts, "finite numbers")
 
 
