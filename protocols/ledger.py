@@ -94,7 +94,7 @@ class Group:
     kind: Kind
     samples: list[Sample]
     min_version: int
-    fence: int = 0
+    fence: int
 
     @property
     def graded(self) -> list[Sample]:
@@ -120,8 +120,10 @@ class Worker:
 class Ledger:
     """Feed it events; call `decide(now)` after each batch of them and carry out what it says."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, *, first_fence: int = 0) -> None:
+        """`first_fence` is above every fence that an earlier process of this run may have given out."""
         self.pace = pace
+        self.first_fence = first_fence
         self.groups: dict[int, Group] = {}
         self.workers: dict[str, Worker] = {}
         self.ready: OrderedDict[int, None] = OrderedDict()
@@ -224,7 +226,7 @@ class Ledger:
 
     def add_group(self, group: int, kind: Kind, samples: int, *, min_version: int = 0) -> None:
         """A prompt enters. `ready` groups (rows that come with their responses) wait for no generator and no reward."""
-        self.groups[group] = Group(group, kind, [Sample() for _ in range(samples)], min_version)
+        self.groups[group] = Group(group, kind, [Sample() for _ in range(samples)], min_version, self.first_fence)
         if kind == "ready":
             for sample in self.groups[group].samples:
                 sample.stage = "graded"

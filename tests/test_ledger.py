@@ -253,6 +253,15 @@ def test_a_restored_group_that_needs_no_generator_is_not_waiting_for_one(right: 
     assert [type(d) for d in ledger.decide(0.0)] == [Decided]
 
 
+def test_a_zombie_from_before_a_restart_is_refused() -> None:
+    ledger = Ledger(PACE, first_fence=1 << 20)
+    ledger.add_group(7, "train", 2)
+    ledger.joined("g", "generator", 4)
+    (issue,) = [d for d in ledger.decide(0.0) if isinstance(d, Issue)]
+    assert issue.fence == (1 << 20) + 1
+    assert "fence 1 is not the current one" in str(ledger.rollout("g", 7, 0, 1, 5))
+
+
 def test_out_of_turn_steps_are_refused_by_name() -> None:
     ledger = running()
     with pytest.raises(ValueError, match="got step 3, expected 1"):

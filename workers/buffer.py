@@ -28,6 +28,8 @@ TURN_S = 0.02
 """A turn waits this long for events when nothing arrives; leases and plans are looked at that often."""
 GOODBYE_S = 10.0
 """How long the buffer waits, at the end, for its workers to leave."""
+FENCES_PER_START = 1 << 20
+"""Each process that serves a run gives out fences of its own range, so a zombie of an earlier one is refused."""
 SAY_FRUITLESS = 10
 """After this many steps' worth of groups without an informative one, say so; the run goes on."""
 
@@ -48,7 +50,6 @@ class Buffer:
     def __init__(self, config: Config, *, resume: bool = False, address: str | None = None) -> None:
         self.config = config
         self.intake = Intake(config)
-        self.ledger = Ledger(pace_of(config))
         self.rows: dict[int, GroupRow] = {}
         self.texts: dict[tuple[int, int], m.Rollout] = {}
         self.partials: dict[tuple[int, int], m.Partial] = {}
@@ -65,6 +66,10 @@ class Buffer:
         self.said_fruitless = 0
         self.stopping = False
         self.log = self._open_log(resume)
+        starts = sum(event.kind == "started" for event in self.log.events())
+        self.log.add_event("started", "buffer", code_version(), time.time())
+        self.log.commit()
+        self.ledger = Ledger(pace_of(config), first_fence=starts * FENCES_PER_START)
         self.metrics = MetricsWriter(config.run_dir)
         self._restore()
         self.server = Server(
