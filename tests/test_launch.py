@@ -24,7 +24,7 @@ DRIVER = """
 import sys
 from engine.config import ConfigError
 from workers.launch import LaunchError, Patience, launch
-patience = Patience(backoff_s=0.1, attempts=2, address_s=20.0, leave_s=2.0, term_s=1.0)
+patience = Patience(backoff_s=0.1, attempts=2, address_s=20.0, leave_s=1.0, term_s=1.0)
 try:
     sys.exit(launch(sys.argv[1], sys.argv[3:], resume=sys.argv[2] == "resume", live=False,
                     command=(sys.executable, FAKE), patience=patience))
@@ -222,7 +222,7 @@ def test_what_a_role_started_itself_is_ended_with_it(trial: Trial) -> None:
 def test_workers_that_stay_after_the_end_are_ended(trial: Trial) -> None:
     code, out, _ = trial.launch({"expect": ["learner", "generator-0"], "generator-0": ["deaf"]})
     assert code == 0
-    assert "still there 2 s after the end, ended now: generator-0" in out
+    assert "still there 1 s after the end, ended now: generator-0" in out
     assert trial.alive() == []
 
 
@@ -268,6 +268,14 @@ def test_a_contradiction_is_refused_before_anything_starts(trial: Trial) -> None
     assert code == 2
     assert "buffer.groups_per_step" in err
     assert not trial.run_dir.exists()
+
+
+def test_a_rank_that_refuses_is_named_above_torchruns_table(trial: Trial) -> None:
+    code, _, err = trial.launch({"learner": ["refuse"]}, overrides=("learner.ranks=2",))
+    assert code == 1
+    assert "learner refused to run" in err
+    assert "| headrace: learner cannot work like this" in err
+    assert trial.alive() == []
 
 
 # --- what is started where ---------------------------------------------------------------------------------------------

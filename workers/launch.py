@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import signal
@@ -175,6 +176,8 @@ class Launch:
             command=self.command,
         )
         env = {"OMP_NUM_THREADS": str(role_threads(name, self.config)), "HEADRACE_TETHERED": "1"}
+        # A learner that is gone is no news for its subscribers' logs: not with 20 lines of C++ stack each time.
+        env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         pid = self.supervisor.start(name, command, env | self.devices.get(name, {}))
         self._say(f"{name} started (pid {pid})", quiet=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from pathlib import Path
 import psutil
 from msgspec import Struct
 
+NAMES_AN_ERROR = re.compile(
+    r"(\[rank\d+\]: *)?(headrace: |(?!torch\.distributed\.elastic)[\w.]*(Error|Exception|Diverged|Refused): )"
+)
 TETHER = Path(__file__).with_name("tether.py")
 
 
@@ -126,9 +130,12 @@ def _signal_session(leader: int, number: signal.Signals) -> None:
 
 
 def _tail(log: Path, offset: int, lines: int = 12) -> str:
-    """The last lines that a child wrote, from where its log stood when it started."""
+    """The last lines that a child wrote, from where its log stood when it started, and before them the newest that
+    names an error, for torchrun puts a table of its own below those of its ranks."""
     with log.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(offset, size - 16_384))
+        file.seek(max(offset, size - 65_536))
         text = file.read().decode(errors="replace")
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+    written = [line for line in text.splitlines() if line.strip()]
+    named = [line for line in written[:-lines] if NAMES_AN_ERROR.match(line)]
+    return "\n".join([*named[-1:], *written[-lines:]])
