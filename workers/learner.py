@@ -91,6 +91,7 @@ class Learner:
         self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
         self.start = self._resume()
         self.publisher: Publisher | None = None
+        self.published_s = 0.0
         self.over: Over | None = None
         self.announced_to: m.Welcome | None = None
         if rank == 0 and config.generator is not None:
@@ -150,7 +151,8 @@ class Learner:
                 "expected equal weights (same machine, thread count and code version?)"
             )
         if self.publisher is not None:
-            metrics["publish_s"] = self.publisher.counters["publish_wait_s"]
+            spent = self.publisher.counters["publish_wait_s"] + self.publisher.counters["copy_s"]
+            metrics["publish_s"], self.published_s = spent - self.published_s, spent
         if plan.weights_hash is None:
             commit = m.StepCommit(step, digest, code_version(), started_at, finished_at, metrics)
             self.client.send(commit)
