@@ -286,6 +286,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
+    """Sets one value; a number in the key is a place in a list, as in `tasks.0.path`."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--set {override!r}: expected section.key=value")
@@ -294,11 +295,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *path, last = key.strip().split(".")
-    for part in path:
-        data = data.setdefault(part, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"--set {override!r}: {part} is not a section")
-    data[last] = value
+    place: Any = data
+    for depth, part in enumerate(path):
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            raise ConfigError(f"--set {override!r}: {'.'.join(path[: depth + 1])}: no such section")
+    if not isinstance(place, dict):
+        raise ConfigError(f"--set {override!r}: {'.'.join(path)} is not a section")
+    place[last] = value
 
 
 def policy_folder(config: Config) -> Path:
