@@ -19,7 +19,7 @@ learner = { lr = 1e-3 }
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
     path.write_text(TEXT, encoding="utf-8")
