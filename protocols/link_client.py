@@ -1,79 +1,81 @@
-"""A worker's end of the link: a thread that owns the socket, so heartbeats go out while the worker computes."""
+"""A worker's end of the link."""
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import socket
-import threading
 import time
-import uuid
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import zmq
-
-from protocols.codec import Malformed, decode, encode
+from protocols.codec import encode
 from protocols.link_errors import LinkError, LinkRefused, LinkTimeout
-from protocols.link_server import HELLO_FIRST
+from protocols.link_outbox import size_of
+from protocols.link_socket import MAX_MESSAGE_BYTES
+from protocols.link_thread import LinkThread, Shared
 from protocols.messages import Ack, Goodbye, Heartbeat, Held, Hello, Message, StatusRequest, Welcome
 
 UNACKNOWLEDGED_BYTES = 512 << 20
 """`send` waits while this much is on its way: the buffer, not the worker's memory, sets the pace."""
 SEND_TIMEOUT_S = 120.0
-SILENCE = 5
-"""A buffer silent for this many heartbeats is dialled anew."""
+GOODBYE_S = 1.0
+"""How long `close` waits for the buffer to have heard the goodbye."""
 
 M = TypeVar("M", bound=Message)
-Frames = list[bytes | memoryview]
 
 
 class Client:
-    """Says hello at once and keeps the connection. Messages may be sent from one thread at a time."""
+    """Says hello at once and keeps the connection, or makes it anew, until it is closed or the buffer says goodbye.
+    Any thread may call anything."""
 
-    def __init__(self, address: str, hello: Hello, *, timeout_s: float) -> None:
-        """Raises `LinkTimeout` when no buffer answers in time, `LinkRefused` when it refuses this worker."""
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        *,
+        timeout_s: float,
+        silence_s: float | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_unacknowledged_bytes: int = UNACKNOWLEDGED_BYTES,
+    ) -> None:
+        """A buffer that is silent for `silence_s` (None: five heartbeats, at least 5 s) is dialled anew. Raises
+        `LinkTimeout` when no buffer says welcome in time, `LinkRefused` when it refuses this worker, `LinkError` for an
+        address that is none."""
         self.address, self.hello = address, hello
-        self.welcome = Welcome(run="", heartbeat_s=2.0, step=0)
-        self._identity = f"{hello.name}/{uuid.uuid4().hex}".encode()[:200]
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._kept: deque[Message] = deque()
-        self._lock = threading.Condition()
-        self._outgoing: deque[tuple[int, Frames]] = deque()
-        self._unacknowledged: OrderedDict[int, Frames] = OrderedDict()
-        self._bytes = 0
-        self._next_id = 1
-        self._beat = Heartbeat(state="starts", since=time.time())
-        self._welcomed = threading.Event()
-        self._closing = threading.Event()
-        self._refusal: str | None = None
-        self._over = False
-        """The buffer has said goodbye: this worker answers with its own and does not introduce itself again."""
-        self._heard = time.monotonic()
-        self._wake, self._woken = socket.socketpair()
-        for end in (self._wake, self._woken):
-            end.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name=f"link of {hello.name}", daemon=True)
+        self._max_message_bytes, self._max_unacknowledged_bytes = max_message_bytes, max_unacknowledged_bytes
+        self._shared = Shared(Heartbeat(state="starts", since=time.time()))
+        self._said_goodbye = False
+        self._thread = LinkThread(
+            address, hello, self._shared, silence_s=silence_s, max_message_bytes=max_message_bytes
+        )
         self._thread.start()
-        if not self._welcomed.wait(timeout_s):
+        try:
+            self._wait(lambda: self._shared.welcome is not None, timeout_s, "a buffer's welcome")
+        except BaseException:
+            self._said_goodbye = True  # nobody to say it to
             self.close()
-            raise LinkTimeout(f"{hello.name}: waited {timeout_s:.0f} s for a buffer's welcome at {address}")
-        if self._refusal is not None:
-            self.close()
-            raise LinkRefused(f"{hello.name}: {address} refused: {self._refusal}")
+            raise
 
-    # --- for the worker --------------------------------------------------------------------------------------------
+    @property
+    def welcome(self) -> Welcome:
+        """The latest; a new object after each time the connection was made anew."""
+        welcome = self._shared.welcome
+        if welcome is None:
+            raise LinkError(f"{self.hello.name}: no buffer at {self.address} has said welcome yet")
+        return welcome
+
+    @property
+    def connected(self) -> bool:
+        """The buffer has said welcome on the present connection, and nothing says that it has ended."""
+        return self._shared.connected
 
     @property
     def unacknowledged(self) -> int:
-        """Messages that the buffer has not confirmed yet."""
-        return len(self._unacknowledged)
+        """Messages that the buffer has not acknowledged yet."""
+        return len(self._shared.outbox)
 
     @property
     def silent_s(self) -> float:
         """Seconds since the buffer was last heard, over however many connections."""
-        return time.monotonic() - self._heard
+        return time.monotonic() - self._shared.heard
 
     def status(
         self,
@@ -84,8 +86,8 @@ class Client:
         counters: dict[str, float] | None = None,
     ) -> None:
         """What the next heartbeats say; what is None stays as it was. `since` moves when `state` changes."""
-        last = self._beat
-        self._beat = Heartbeat(
+        last = self._shared.beat
+        self._shared.beat = Heartbeat(
             state=state,
             since=last.since if state == last.state else time.time(),
             version=last.version if version is None else version,
@@ -93,183 +95,104 @@ class Client:
             counters=last.counters if counters is None else dict(counters),
         )
 
-    def send(self, message: Message) -> int:
-        """Queues a message and keeps it until it is acknowledged; returns its id. Raises `LinkTimeout` when too much
-        is unacknowledged for too long."""
-        with self._lock:
-            free = self._lock.wait_for(lambda: self._bytes < UNACKNOWLEDGED_BYTES or self._dead, SEND_TIMEOUT_S)
+    def send(self, message: Message, timeout_s: float = SEND_TIMEOUT_S) -> int:
+        """Queues a message and keeps it until it is acknowledged; returns its id. Its arrays must not change until then.
+        Raises `LinkTimeout` when too much stays unacknowledged for too long, `LinkError` when it is too long to send."""
+        shared = self._shared
+        with shared.changed:
             self._check()
-            if not free:
-                waited = f"waited {SEND_TIMEOUT_S:.0f} s for room to send"
-                raise LinkTimeout(f"{self.hello.name}: {waited}: {self._bytes} bytes unacknowledged by {self.address}")
-            id, self._next_id = self._next_id, self._next_id + 1
-            frames = encode(message, id)
-            if not isinstance(message, StatusRequest | Heartbeat):
-                self._unacknowledged[id] = frames
-                self._bytes += _size(frames)
-            self._outgoing.append((id, frames))
-        self._nudge()
-        return id
+            self._wait(lambda: shared.outbox.bytes < self._max_unacknowledged_bytes, timeout_s, "room to send")
+            return self._queue(message)
+
+    def _queue(self, message: Message) -> int:
+        shared = self._shared
+        with shared.changed:
+            frames = encode(message, 0 if isinstance(message, StatusRequest) else shared.last_id + 1)
+            if (size := size_of(frames)) > self._max_message_bytes:
+                expected = f"expected at most {self._max_message_bytes}"
+                raise LinkError(f"{self.hello.name}: {type(message).__name__}: got {size} bytes, {expected}")
+            if isinstance(message, StatusRequest):
+                shared.unnumbered.append(frames)
+            else:
+                shared.last_id += 1
+                shared.outbox.add(shared.last_id, frames)
+            self._said_goodbye |= isinstance(message, Goodbye)
+            shared.nudge()
+            return shared.last_id
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None after `timeout_s`. Acknowledgements are handled inside, except refusals: those come
         as `Ack` with the reason."""
-        if self._kept:
-            return self._kept.popleft()
-        try:
-            return self._inbox.get(timeout=timeout_s) if timeout_s > 0 else self._inbox.get_nowait()
-        except queue.Empty:
+        shared = self._shared
+        with shared.changed:
+            shared.changed.wait_for(lambda: shared.inbox or self._ended, timeout_s)
+            if shared.inbox:
+                return shared.inbox.popleft()
             self._check()
             return None
 
     def ask(self, message: Message, kind: type[M], timeout_s: float) -> M:
-        """Sends, and waits for the first message of this kind; others stay for `receive`. Raises `LinkTimeout`."""
-        self.send(message)
+        """Sends, and waits for the first message of this kind; others stay for `receive`. Raises `LinkTimeout`, and
+        `LinkRefused` when the buffer refuses the question."""
         deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                answer = self._inbox.get(timeout=left)
-            except queue.Empty:
-                break
-            if isinstance(answer, kind):
-                return answer
-            self._kept.append(answer)
-        self._check()
-        raise LinkTimeout(f"{self.hello.name}: waited {timeout_s:.0f} s for a {kind.__name__} from {self.address}")
+        id = self.send(message, timeout_s)
+        shared = self._shared
+
+        def answer() -> M | Ack | None:
+            for candidate in shared.inbox:
+                if isinstance(candidate, kind) or (isinstance(candidate, Ack) and candidate.id == id):
+                    return candidate
+            return None
+
+        with shared.changed:
+            self._wait(lambda: answer() is not None, deadline - time.monotonic(), f"a {kind.__name__}", timeout_s)
+            found = answer()
+            shared.inbox = type(shared.inbox)(other for other in shared.inbox if other is not found)
+        if isinstance(found, kind):
+            return found
+        reason = found.refused if isinstance(found, Ack) else None
+        raise LinkRefused(f"{self.hello.name}: {self.address} refused {type(message).__name__}: {reason}")
 
     def flush(self, timeout_s: float) -> None:
         """Returns when everything sent is acknowledged. Raises `LinkTimeout`."""
-        with self._lock:
-            done = self._lock.wait_for(lambda: not self._unacknowledged or self._dead, timeout_s)
-            self._check()
-            if not done:
-                what = f"{len(self._unacknowledged)} acknowledgements"
-                raise LinkTimeout(f"{self.hello.name}: waited {timeout_s:.0f} s for {what} from {self.address}")
+        self._wait(lambda: not self._shared.outbox, timeout_s, "acknowledgements")
 
     def close(self) -> None:
-        """Ends the thread; what is unacknowledged stays so."""
-        self._closing.set()
-        self._nudge()
+        """Says goodbye, if nobody has and a buffer is there, and ends the thread; what is unacknowledged stays so."""
+        shared = self._shared
+        with shared.changed:
+            if not self._said_goodbye and shared.connected and shared.over is None:
+                self._queue(Goodbye("closed"))
+            if shared.connected and shared.over is None:
+                shared.changed.wait_for(lambda: not shared.outbox or not shared.connected, GOODBYE_S)
+            self._said_goodbye = True
+        shared.closing.set()
+        shared.nudge()
         self._thread.join(5.0)
-        self._wake.close()
-        self._woken.close()
+        shared.close()
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
 
     @property
-    def _dead(self) -> bool:
-        return not self._thread.is_alive()
+    def _ended(self) -> bool:
+        return self._shared.failure is not None or not self._thread.is_alive()
 
     def _check(self) -> None:
-        if self._refusal is not None:
-            raise LinkRefused(f"{self.hello.name}: {self.address} refused: {self._refusal}")
-        if self._dead and not self._closing.is_set():
-            raise LinkError(f"{self.hello.name}: the link's thread ended")
+        if self._shared.failure is not None:
+            raise self._shared.failure
+        if not self._thread.is_alive() and self._shared.over is None:
+            raise LinkError(f"{self.hello.name}: the link to {self.address} is closed")
 
-    def _nudge(self) -> None:
-        with contextlib.suppress(OSError):  # a full pipe wakes the thread just as well, a closed one has nobody to wake
-            self._wake.send(b"\0")
-
-    # --- the thread --------------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        context = zmq.Context()
-        try:
-            while not self._closing.is_set():
-                with context.socket(zmq.DEALER) as dealer:
-                    dealer.linger = 200  # a goodbye that was just sent should still get out
-                    dealer.set_hwm(0)
-                    dealer.setsockopt(zmq.IDENTITY, self._identity)
-                    dealer.connect(self.address)
-                    self._serve(dealer)
-        finally:
-            context.term()
-            with self._lock:
-                self._lock.notify_all()
-
-    def _serve(self, dealer: zmq.Socket) -> None:
-        """One connection: until the worker closes, or the buffer has been silent for too long."""
-        poller = zmq.Poller()
-        poller.register(dealer, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
-        dialled = time.monotonic()  # `_heard` stays: how long the buffer has been silent does not begin anew
-        dealer.send_multipart(encode(self.hello))
-        next_beat = time.monotonic() + 0.5
-        while True:
-            ready = dict(poller.poll(int(max(0.0, next_beat - time.monotonic()) * 1000) + 1))
-            if self._woken.fileno() in ready:
-                self._drain_nudges()
-            if dealer in ready:
-                self._receive(dealer)
-            while self._outgoing:
-                dealer.send_multipart(self._outgoing.popleft()[1], copy=False)
-            if self._closing.is_set():
+    def _wait(self, done: Callable[[], bool], timeout_s: float, what: str, said_s: float | None = None) -> None:
+        """Returns when `done`. Raises `LinkTimeout` naming `what`, or at once what the link has failed with."""
+        shared = self._shared
+        with shared.changed:
+            shared.changed.wait_for(lambda: done() or self._ended, timeout_s)
+            if done():
                 return
-            if time.monotonic() >= next_beat:
-                if time.monotonic() - max(self._heard, dialled) > SILENCE * max(1.0, self.welcome.heartbeat_s):
-                    return
-                dealer.send_multipart(encode(self._beat if self._welcomed.is_set() else self.hello))
-                next_beat = time.monotonic() + self.welcome.heartbeat_s
-
-    def _drain_nudges(self) -> None:
-        try:
-            while self._woken.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-
-    def _receive(self, dealer: zmq.Socket) -> None:
-        while True:
-            try:
-                frames = dealer.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            self._heard = time.monotonic()
-            try:
-                _, message = decode([frame.buffer for frame in frames])
-            except Malformed as error:
-                self._refuse(f"what it sends is not of this protocol: {error}")
-                return
-            match message:
-                case Welcome():
-                    self._welcome(message)
-                case Ack(refused=reason) if reason == HELLO_FIRST:
-                    if not self._over:
-                        dealer.send_multipart(encode(self.hello))
-                case Goodbye():
-                    self._over = True
-                    dealer.send_multipart(encode(Goodbye("the buffer said goodbye")))
-                    self._inbox.put(message)
-                case Ack(id=0, refused=str(reason)) if not self._welcomed.is_set():
-                    self._refuse(reason)
-                case Ack():
-                    self._acknowledge(message)
-                case _:
-                    self._inbox.put(message)
-
-    def _welcome(self, welcome: Welcome) -> None:
-        """Connected, for the first time or anew: everything unacknowledged goes out again, in order."""
-        again = self._welcomed.is_set()
-        self.welcome = welcome
-        with self._lock:
-            if again:
-                self._outgoing = deque(self._unacknowledged.items())
-        self._welcomed.set()
-        if again and welcome.weights is not None:
-            self._inbox.put(welcome.weights)
-
-    def _acknowledge(self, ack: Ack) -> None:
-        with self._lock:
-            frames = self._unacknowledged.pop(ack.id, None)
-            if frames is not None:
-                self._bytes -= _size(frames)
-            self._lock.notify_all()
-        if ack.refused is not None:
-            self._inbox.put(ack)
-
-    def _refuse(self, reason: str) -> None:
-        self._refusal = reason
-        self._closing.set()
-        self._welcomed.set()
-
-
-def _size(frames: Frames) -> int:
-    return sum(len(frame) for frame in frames)
+            self._check()
+            waits = f"{self.hello.name}: waited {said_s or timeout_s:.1f} s for {what} from {self.address}"
+            if shared.over is not None:
+                raise LinkTimeout(f"{waits}, which said goodbye ({shared.over})")
+            held = f"; {len(shared.outbox)} messages of {shared.outbox.bytes} bytes are unacknowledged"
+            raise LinkTimeout(waits + (held if shared.outbox else ""))

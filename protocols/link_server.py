@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import msgspec
 import zmq
 from msgspec import Struct
 
-from protocols.codec import Malformed, decode, encode
+from protocols.codec import Frame, Malformed, decode, encode
 from protocols.link_errors import LinkError
-from protocols.messages import Ack, Goodbye, Heartbeat, Hello, Message, StatusRequest, Welcome
+from protocols.link_outbox import Outbox, size_of
+from protocols.link_socket import HELLO_FIRST, MAX_MESSAGE_BYTES, open_socket, session_of
+from protocols.messages import PROTOCOL, Ack, Goodbye, Heartbeat, Hello, Message, StatusRequest, Welcome
 
-HELLO_FIRST = "say hello first"
-"""The refusal that makes a client introduce itself anew: this buffer does not know it (any more)."""
-BATCH = 2000
-"""Messages handed out by one poll at most, so that the owner commits them in one transaction of bounded size."""
-STRIKES = 100
-"""A peer that sent this many messages that are none is not answered or decoded any more."""
+FROM_WORKERS = frozenset(
+    {
+        "rollout", "hand_back", "grade", "plan_request", "pull", "step_commit", "announce", "heartbeat", "hello", "ack",
+        "status_request", "goodbye",
+    }
+)  # fmt: skip
+"""What a worker may say; anything else is refused before its body is looked at."""
+BATCH, BATCH_BYTES = 2000, 256 << 20
+"""What one poll hands out at most, so that the owner commits it in one transaction of bounded size."""
+STRIKES = 20
+"""A connection on which this many messages were none of this protocol is neither decoded nor answered any more."""
+QUEUE_BYTES = 2 * MAX_MESSAGE_BYTES
+"""What may wait for one worker; one that takes nothing for so long is given up."""
+QUEUE_MESSAGES = 100_000
+STRANGERS = 10_000
+"""Connections remembered for their strikes, and sessions for having been replaced; the oldest are forgotten first."""
+RETRY_S = 0.01
+"""How soon a worker whose pipe was full is tried again."""
 
 
 class Joined(Struct, frozen=True):
-    """A worker said hello; said again by the same worker it means that the link to it was made anew."""
+    """A worker said hello. Said again by a worker that never left, it means that the connection was made anew; what was
+    sent to it is then on its way again, without the owner."""
 
     worker: str
     hello: Hello
 
 
 class Received(Struct, frozen=True):
-    """A message; acknowledge its id once what it says is durable (heartbeats and status requests want none)."""
+    """A message; acknowledge its id once what it says is durable (id 0, a heartbeat or status request, wants none)."""
 
     worker: str
     id: int
@@ -38,7 +54,7 @@ class Received(Struct, frozen=True):
 
 
 class Left(Struct, frozen=True):
-    """A worker is gone: it said goodbye, was replaced, or was silent for too long."""
+    """A worker is gone: it said goodbye, was replaced, was silent for too long, took nothing or sent garbage."""
 
     worker: str
     reason: str
@@ -49,58 +65,79 @@ Event = Joined | Received | Left
 
 @dataclass(slots=True)
 class _Peer:
+    worker: str
+    session: bytes
     identity: bytes
+    delivered: int
+    """The highest id that was handed to the owner, or refused."""
     heard: float
+    stream: int = field(default_factory=lambda: 1 + secrets.randbits(62))
+    """Tells this stream to the worker from one of an earlier peer or buffer; it goes out as the id of the welcome."""
+    last: int = 0
+    outbox: Outbox = field(default_factory=Outbox)
 
 
 class Server:
-    """Binds at once. One thread only."""
+    """Binds at once. One thread only. `counters` counts messages, and refusals by reason."""
 
     def __init__(
-        self, address: str, *, heartbeat_s: float, peer_timeout_s: float, max_message_bytes: int = 1 << 30
+        self,
+        address: str,
+        *,
+        heartbeat_s: float,
+        peer_timeout_s: float,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_queue_bytes: int = QUEUE_BYTES,
     ) -> None:
-        """Raises `LinkError` when the address cannot be bound."""
+        """Raises `LinkError` when the address cannot be bound. Port 0 takes a free one; `address` then names it."""
         self.welcome = Welcome(run="", heartbeat_s=heartbeat_s, step=0)
         self.counters: Counter[str] = Counter()
         self._peer_timeout_s = peer_timeout_s
+        self._max_message_bytes, self._max_queue_bytes = max_message_bytes, max_queue_bytes
         self._peers: dict[str, _Peer] = {}
-        self._names: dict[bytes, str] = {}
-        self._strikes: Counter[bytes] = Counter()
+        self._sessions: dict[bytes, _Peer] = {}
+        self._stuck: set[str] = set()
+        self._strikes: OrderedDict[bytes, int] = OrderedDict()
+        self._replaced: OrderedDict[bytes, str] = OrderedDict()
+        self._events: list[Event] = []
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 0
+        self._socket = open_socket(self._context, zmq.ROUTER, address, max_message_bytes=max_message_bytes)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-        # No water mark: what is sent to a worker is bounded by its credit, what it sends by its unacknowledged limit.
-        self._socket.set_hwm(0)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             self.close()
-            raise LinkError(f"bind {address}: {error.strerror or error}") from error
+            raise LinkError(f"bind {address}: {str(error.strerror or error).lower()}") from error
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def poll(self, timeout_s: float) -> list[Event]:
         """What happened, waiting up to `timeout_s` for the first of it."""
-        events: list[Event] = []
-        if self._socket.poll(int(timeout_s * 1000)):
-            while len(events) < BATCH:
-                try:
-                    identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    break
-                events += self._take(identity.bytes, [frame.buffer for frame in frames])
-        now = time.monotonic()
-        for worker, peer in list(self._peers.items()):
-            if now - peer.heard > self._peer_timeout_s:
-                events.append(self._forget(worker, f"silent for {now - peer.heard:.0f} s"))
+        wait_s = 0.0 if self._events else min(timeout_s, RETRY_S) if self._stuck else timeout_s
+        more = self._socket.poll(int(wait_s * 1000)) and self._drain_socket()
+        for worker in list(self._stuck):
+            self._push(self._peers[worker])
+        if not more:  # what still waits in the socket may be a sign of life
+            self._expire()
+        events, self._events = self._events, []
         return events
 
     def send(self, worker: str, message: Message) -> bool:
-        """Queues a message; False when the worker is gone (its leases then run out)."""
+        """Queues a message until the worker confirms it, over however many connections. False when there is no such
+        worker, or when it takes nothing and too much waits for it: then it has left."""
         peer = self._peers.get(worker)
-        return peer is not None and self._send(peer.identity, message, 0)
+        if peer is None:
+            return False
+        frames = encode(message, peer.last + 1)
+        waiting = len(peer.outbox), peer.outbox.bytes
+        if waiting[0] >= QUEUE_MESSAGES or (waiting[0] and waiting[1] + size_of(frames) > self._max_queue_bytes):
+            self.counters["slow"] += 1
+            self._forget(peer, f"takes nothing: {waiting[0]} messages of {waiting[1]} bytes wait for it")
+            return False
+        peer.last += 1
+        peer.outbox.add(peer.last, frames)
+        if worker not in self._stuck:
+            self._push(peer)
+        return True
 
     def ack(self, worker: str, id: int, refused: str | None = None) -> None:
         """What message `id` said is durable, or refused for this reason."""
@@ -109,60 +146,154 @@ class Server:
         self.send(worker, Ack(id, refused))
 
     def close(self) -> None:
-        """Closes the socket; what was not yet written out is lost, and re-sent by nobody."""
+        """Closes the socket at once; what the workers have not confirmed is lost."""
         self._socket.close()
         self._context.term()
 
-    def _take(self, identity: bytes, frames: list[memoryview]) -> list[Event]:
-        self.counters["messages"] += 1
-        if self._strikes[identity] >= STRIKES:
-            self.counters["ignored"] += 1
-            return []
-        try:
-            id, message = decode(frames)
-        except Malformed as error:
-            self.counters["malformed"] += 1
-            self._strikes[identity] += 1
-            self._send(identity, Ack(error.id, str(error)), error.id)
-            return []
-        if isinstance(message, Hello):
-            return self._greet(identity, message)
-        worker = self._names.get(identity)
-        if worker is None:
-            self._send(identity, Ack(id, HELLO_FIRST), id)
-            return []
-        self._peers[worker].heard = time.monotonic()
-        match message:
-            case Goodbye(reason):
-                self.ack(worker, id)
-                return [self._forget(worker, reason)]
-            case Heartbeat():
-                self._send(identity, Ack(0), 0)
-            case StatusRequest():
-                id = 0
-        return [Received(worker, id, message)]
+    # --- what comes in ----------------------------------------------------------------------------------------------
 
-    def _greet(self, identity: bytes, hello: Hello) -> list[Event]:
-        events: list[Event] = []
-        known = self._peers.get(hello.name)
-        if known is not None and known.identity != identity:
-            self._send(known.identity, Goodbye(f"replaced: another worker said hello as {hello.name}"), 0)
-            events.append(self._forget(hello.name, "replaced by another worker of this name"))
-        self._peers[hello.name] = _Peer(identity, time.monotonic())
-        self._names[identity] = hello.name
-        self._send(identity, msgspec.structs.replace(self.welcome), 0)
-        return [*events, Joined(hello.name, hello)]
-
-    def _forget(self, worker: str, reason: str) -> Left:
-        peer = self._peers.pop(worker)
-        self._names.pop(peer.identity, None)
-        self._strikes.pop(peer.identity, None)
-        return Left(worker, reason)
-
-    def _send(self, identity: bytes, message: Message, id: int) -> bool:
-        try:
-            self._socket.send_multipart([identity, *encode(message, id)], zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError:  # host unreachable: the peer's connection is gone
-            self.counters["undeliverable"] += 1
-            return False
+    def _drain_socket(self) -> bool:
+        """Takes what has arrived; True when more may be waiting."""
+        count = size = 0
+        while count < BATCH and size < BATCH_BYTES:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            count += 1
+            size += size_of(frames)
+            self._take(identity, frames)
         return True
+
+    def _take(self, identity: bytes, frames: Sequence[Frame]) -> None:
+        self.counters["messages"] += 1
+        if self._strikes.get(identity, 0) >= STRIKES:
+            self.counters["ignored"] += 1
+            return
+        try:
+            id, message = decode(frames, FROM_WORKERS)
+            if (size := size_of(frames)) > self._max_message_bytes:
+                expected = f"expected at most {self._max_message_bytes}"
+                raise Malformed(f"{type(message).__name__}: got {size} bytes, {expected}", "size", id)
+        except Malformed as error:
+            self._strike(identity, error)
+            return
+        if isinstance(message, Hello):
+            self._greet(identity, id, message)
+            return
+        peer = self._sessions.get(session_of(identity))
+        if peer is None:
+            self.counters["unknown"] += 1
+            self._tell(identity, Ack(0, HELLO_FIRST))
+        elif peer.identity != identity:
+            self.counters["stale"] += 1  # of an earlier connection: it comes again over the present one
+        else:
+            peer.heard = time.monotonic()
+            self._deliver(peer, id, message)
+
+    def _deliver(self, peer: _Peer, id: int, message: Message) -> None:
+        match message:
+            case Ack():
+                peer.outbox.settle_through(message.id)
+            case Heartbeat():
+                self._tell(peer.identity, Ack(0))
+                self._events.append(Received(peer.worker, 0, message))
+            case StatusRequest():
+                self._events.append(Received(peer.worker, 0, message))
+            case Goodbye(reason):
+                self._tell(peer.identity, Ack(id))
+                self._forget(peer, reason)
+            case _ if id <= peer.delivered:
+                self.counters["duplicates"] += 1
+            case _:
+                peer.delivered = id
+                self._events.append(Received(peer.worker, id, message))
+
+    def _strike(self, identity: bytes, error: Malformed) -> None:
+        """Refuses what is no message of this protocol; the sender is told why, and ignored once it has sent too many."""
+        self.counters[f"malformed_{error.reason}"] += 1
+        count = self._strikes.pop(identity, 0) + 1
+        _remember(self._strikes, identity, count)
+        peer = self._sessions.get(session_of(identity))
+        if peer is None or peer.identity != identity:
+            self._tell(identity, Ack(error.id, str(error)))
+        elif count >= STRIKES:
+            self._forget(peer, f"sent {count} messages that are none; the last: {error}")
+        else:
+            peer.delivered = max(peer.delivered, error.id)
+            self.ack(peer.worker, error.id, str(error))
+
+    def _greet(self, identity: bytes, id: int, hello: Hello) -> None:
+        """`id` is the highest of the worker's ids that is settled, on its side, with whatever buffer it last knew."""
+        session = session_of(identity)
+        if hello.protocol != PROTOCOL:
+            self.counters["malformed_version"] += 1
+            self._tell(identity, Ack(id, f"protocol: the buffer speaks {PROTOCOL}, {hello.name} {hello.protocol}"))
+            return
+        if session in self._replaced:
+            self._tell(identity, Goodbye(self._replaced[session]))
+            return
+        peer = self._sessions.get(session)
+        if peer is None or peer.worker != hello.name:
+            if peer is not None:
+                self._forget(peer, f"calls itself {hello.name} now")
+            if (former := self._peers.get(hello.name)) is not None:
+                self._replace(former)
+            peer = _Peer(hello.name, session, identity, id, time.monotonic())
+            self._peers[hello.name] = self._sessions[session] = peer
+        peer.identity, peer.heard = identity, time.monotonic()
+        peer.outbox.rewind()
+        self._tell(identity, self.welcome, peer.stream)
+        self._push(peer)
+        self._events.append(Joined(hello.name, hello))
+
+    # --- who is there -----------------------------------------------------------------------------------------------
+
+    def _replace(self, peer: _Peer) -> None:
+        """The newer of two workers of a name wins; the older is told, again if it should come back."""
+        reason = f"replaced: another worker said hello as {peer.worker}"
+        _remember(self._replaced, peer.session, reason)
+        self._tell(peer.identity, Goodbye(reason))
+        self._forget(peer, "replaced by another worker of this name")
+
+    def _forget(self, peer: _Peer, reason: str) -> None:
+        del self._peers[peer.worker], self._sessions[peer.session]
+        self._stuck.discard(peer.worker)
+        self._events.append(Left(peer.worker, reason))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for peer in list(self._peers.values()):
+            if now - peer.heard > self._peer_timeout_s:
+                self._forget(peer, f"silent for {now - peer.heard:.1f} s")
+
+    # --- what goes out ----------------------------------------------------------------------------------------------
+
+    def _push(self, peer: _Peer) -> None:
+        """Sends what its pipe takes; the rest waits. One whose connection is gone says hello again or falls silent."""
+        self._stuck.discard(peer.worker)
+        try:
+            while (frames := peer.outbox.next()) is not None:
+                self._socket.send_multipart([peer.identity, *frames], zmq.NOBLOCK, copy=False)
+                peer.outbox.sent()
+        except zmq.Again:
+            self._stuck.add(peer.worker)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.counters["unreachable"] += 1
+
+    def _tell(self, identity: bytes, message: Message, id: int = 0) -> None:
+        """Sends once, if that is possible now: for what needs no confirmation, or has nobody who could give one."""
+        try:
+            self._socket.send_multipart([identity, *encode(message, id)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # EAGAIN: its pipe is full; EHOSTUNREACH: it is gone
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            self.counters["untold"] += 1
+
+
+def _remember(table: OrderedDict, key: bytes, value: object) -> None:
+    table[key] = value
+    if len(table) > STRANGERS:
+        table.popitem(last=False)
