@@ -70,9 +70,9 @@ def save_checkpoint(
     return final
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint of the highest step in `root`; None without one (or without `root`)."""
-    found = _checkpoints(root)
+def latest_checkpoint(root: Path, *, until: int | None = None) -> Path | None:
+    """The checkpoint of the highest step in `root`, of `until` at most; None without one (or without `root`)."""
+    found = [path for step, path in _checkpoints(root) if until is None or step <= until]
     return found[-1] if found else None
 
 
@@ -104,16 +104,16 @@ def prune_checkpoints(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` (at least 1) checkpoints, and what a killed writer left behind."""
     if keep < 1:
         raise ValueError(f"keep: got {keep}, expected at least 1")
-    for old in _checkpoints(root)[:-keep]:
+    for _, old in _checkpoints(root)[:-keep]:
         hidden = old.with_name(f".{old.name}-removed")
         os.rename(old, hidden)  # first, so that no half-removed folder carries a checkpoint's name
     for left in root.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _checkpoints(root: Path) -> list[Path]:
+def _checkpoints(root: Path) -> list[tuple[int, Path]]:
     steps = {int(match[1]): path for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps)]
+    return sorted(steps.items())
 
 
 def _check_same(path: Path, weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -235,3 +235,11 @@ def test_a_writer_that_is_killed_leaves_no_half_written_checkpoint(source: Path,
         prune_checkpoints(root, 1)
         assert [entry.name for entry in root.iterdir()] == ["step-020000"]
     assert caught > 0, "no writer was killed while it wrote"
+
+
+def test_a_checkpoint_beyond_the_log_is_not_the_latest_of_it(source: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    older, newer = (save(source, root, step)[0] for step in (3, 5))
+    assert latest_checkpoint(root) == newer
+    assert latest_checkpoint(root, until=4) == older
+    assert latest_checkpoint(root, until=2) is None

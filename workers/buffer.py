@@ -233,6 +233,7 @@ class Buffer:
             self.log.set_group(group, "trained", step=commit.step)
         self.log.commit()
         self.metrics.step(commit.step, self.latest)
+        self._welcome()  # a learner that starts anew takes no checkpoint beyond the log's last step
         return None
 
     # --- decisions -----------------------------------------------------------------------------------------------

@@ -153,6 +153,9 @@ class Learner:
         if self.publisher is not None:
             spent = self.publisher.counters["publish_wait_s"] + self.publisher.counters["copy_s"]
             metrics["publish_s"], self.published_s = spent - self.published_s, spent
+        last = step == self.config.steps
+        if last:  # before the commit that ends the run: a run that is complete has its last checkpoint
+            self._checkpoint(step, digest)
         if plan.weights_hash is None:
             commit = m.StepCommit(step, digest, code_version(), started_at, finished_at, metrics)
             self.client.send(commit)
@@ -160,7 +163,7 @@ class Learner:
             self._hear_refusal()
         if self.publisher is not None:
             self.publisher.publish(step, weights, fingerprints=prints)
-        if step % self.config.learner.checkpoint_every == 0 or step == self.config.steps:
+        if step % self.config.learner.checkpoint_every == 0 and not last:
             self._checkpoint(step, digest)
 
     def _checkpoint(self, step: int, digest: str) -> None:
@@ -215,8 +218,8 @@ class Learner:
     # --- start -----------------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
-        """Loads the newest checkpoint, if any; returns its step."""
-        newest = latest_checkpoint(self.checkpoints)
+        """Loads the newest checkpoint of a step that the log holds, if any; returns its step."""
+        newest = latest_checkpoint(self.checkpoints, until=self.client.welcome.step)
         if newest is None:
             return 0
         weights, optimizer, meta = load_checkpoint(newest)
