@@ -101,7 +101,8 @@ class Buffer:
 
 class Proxy:
     """Forwards TCP to `target`. `cut` ends all connections, and refuses new ones until `mend`; `swallow` reads and loses
-    everything instead, with the connections left open; so does `freeze`, which does not even read."""
+    everything instead, with the connections left open; `freeze` does not even read. A connection that lost something
+    never forwards again: no TCP delivers what follows a gap."""
 
     def __init__(self, target: str) -> None:
         self._target = int(target.rpartition(":")[2])
@@ -109,6 +110,7 @@ class Proxy:
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self.mode = "forward"
         self._pairs: dict[socket.socket, socket.socket] = {}
+        self._lossy: set[socket.socket] = set()
         self._stop = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -155,7 +157,9 @@ class Proxy:
     def _forward(self, end: socket.socket, mode: str) -> None:
         try:
             data = end.recv(65536)
-            if data and mode == "forward":
+            if mode == "swallow":
+                self._lossy |= {end, self._pairs[end]}
+            if data and end not in self._lossy:
                 self._pairs[end].sendall(data)
         except OSError:
             data = b""
