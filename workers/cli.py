@@ -63,6 +63,9 @@ def buffer(
     address: Annotated[str | None, typer.Option(help="Listen here instead of the config's address.")] = None,
 ) -> None:
     """Serve a run: the log, the ledger, and the address that every worker joins."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # Some data sets of reasoning-gym iterate over sets of strings; a run continued must draw the same rows.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONHASHSEED": "0"})
     from workers.buffer import run
 
     raise typer.Exit(run(load_config(config, set), resume=resume, address=address))
