@@ -12,7 +12,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
+from types import FrameType
 
 import torch
 
@@ -21,12 +23,13 @@ from engine.config import Config, ConfigError, policy_folder
 from engine.generate_torch import TicketRefused, TorchGenerator
 from engine.models import load_model, resolve_device
 from engine.text import TextModel
-from protocols.link import Client, LinkRefused, LinkTimeout
+from protocols.link import Client, LinkError, LinkTimeout
 from protocols.messages import Ack, Announce, Goodbye, HandBack, Hello, Ticket
 from workers.weight_feed import LearnerLost, WeightFeed
 
-BUFFER_TIMEOUT_S = 60.0
-"""How long the buffer may be silent, at first and later, before this worker gives up; it decodes on meanwhile."""
+JOIN_TIMEOUT_S = 60.0
+GONE_S = 300.0
+"""How long a buffer that this worker has joined may be silent: time to start it anew after a crash. Decoding goes on."""
 
 FLUSH_S = 10.0
 """After SIGTERM: how long the buffer may take to have everything that is handed back."""
@@ -34,28 +37,23 @@ FLUSH_S = 10.0
 IDLE_S, STATUS_S = 0.02, 0.5
 
 
-def run(config: Config, join: str, name: str | None = None) -> int:
+def run(config: Config, join: str, name: str | None = None, *, gone_s: float = GONE_S) -> int:
     """Generates until the buffer says goodbye or SIGTERM comes: 0 then; 1 when buffer or learner are gone for good or the
     weights give no numbers; 2 when config, model and tickets do not fit, so that starting anew cannot help."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    _on_signals(lambda *_: sys.exit(0))  # nothing is in hand yet
     name = name or f"generator-{socket.gethostname()}-{os.getpid()}"[:80]
     try:
         engine, device = _engine(config)
-        hello = Hello(
-            role="generator",
-            name=name,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            capacity=capacity(engine.config.slots),
-        )
+        credit = capacity(engine.config.slots)
+        hello = Hello(role="generator", name=name, host=socket.gethostname(), pid=os.getpid(), capacity=credit)
         with (
-            closing(Client(join, hello, timeout_s=BUFFER_TIMEOUT_S)) as client,
+            closing(Client(join, hello, timeout_s=JOIN_TIMEOUT_S)) as client,
             closing(WeightFeed(name, device=device, peer_timeout_s=config.learner.peer_timeout_s)) as weights,
         ):
-            Generator(client, engine, weights, stop).serve()
-    except (LinkTimeout, LinkRefused, LearnerLost, FloatingPointError) as error:
+            stop = threading.Event()
+            _on_signals(lambda *_: stop.set())
+            Generator(client, engine, weights, stop, gone_s=gone_s).serve()
+    except (LinkError, LearnerLost, FloatingPointError) as error:
         return _fail(name, error, 1)
     except (ConfigError, WeightsRefused, TicketRefused) as error:
         return _fail(name, error, 2)
@@ -82,8 +80,10 @@ def _engine(config: Config) -> tuple[TorchGenerator, str]:
 class Generator:
     """The loop of a generator; one thread does everything but receiving weights."""
 
-    def __init__(self, client: Client, engine: TorchGenerator, weights: WeightFeed, stop: threading.Event) -> None:
-        self.client, self.engine, self.weights, self.stop = client, engine, weights, stop
+    def __init__(
+        self, client: Client, engine: TorchGenerator, weights: WeightFeed, stop: threading.Event, *, gone_s: float
+    ) -> None:
+        self.client, self.engine, self.weights, self.stop, self.gone_s = client, engine, weights, stop, gone_s
         self.over = False
         self.has_weights = False
         self.counters = {"busy_s": 0.0, "idle_s": 0.0, "refused": 0.0}
@@ -101,6 +101,9 @@ class Generator:
             if working:
                 self._step()
             self._report()
+            if self.client.silent_s > self.gone_s:
+                limit, where = self.gone_s, self.client.address
+                raise LinkTimeout(f"waited {limit:.0f} s for a sign of life from the buffer at {where}")
         if not self.over:
             self._leave("stopped")
 
@@ -173,6 +176,11 @@ class Generator:
             self.client.send(handed)
         self.client.flush(FLUSH_S)
         self.client.send(Goodbye(reason))
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def _fail(name: str, error: Exception, code: int) -> int:
