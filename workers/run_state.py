@@ -1,0 +1,301 @@
+"""What a run is at this moment: the ledger that decides and the log that remembers, kept in step, without a link.
+
+`workers/buffer.py` feeds it what workers send and sends what it returns. A refusal is a text; None means that it counts
+(once `commit` has been called). No torch here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import msgspec
+
+from engine.config import Config, ConfigError, dump_config
+from protocols import messages as m
+from protocols.ledger import Decided, Issue, Ledger, Pace, Score
+from protocols.log import GroupRow, Log
+from workers.intake import Intake
+from workers.metrics import MetricsWriter
+from workers.provenance import code_version
+
+FENCES_PER_START = 1 << 20
+"""Each process that serves a run gives out fences of its own range, so a zombie of an earlier one is refused."""
+SAY_FRUITLESS = 10
+"""After this many steps' worth of groups without an informative one, say so; the run goes on."""
+
+
+class RunState:
+    """Opens or makes the run's log and rebuilds the ledger from it. One thread only."""
+
+    def __init__(self, config: Config, *, resume: bool = False) -> None:
+        """Raises `ConfigError`, `TaskError` or `LogError` for what cannot be used; an old run is never overwritten."""
+        self.config = config
+        self.intake = Intake(config)
+        self.rows: dict[int, GroupRow] = {}
+        self.texts: dict[tuple[int, int], m.Rollout] = {}
+        self.partials: dict[tuple[int, int], m.Partial] = {}
+        self.evaluating: dict[int, set[int]] = {}
+        self.latest: dict[str, float] = {}
+        self.evals: list[dict[str, float]] = []
+        self.next_group = 0
+        self.said_fruitless = 0
+        self.log = self._open_log(resume)
+        starts = sum(event.kind == "started" for event in self.log.events())
+        self.event("started", "buffer", code_version())
+        self.log.commit()
+        self.ledger = Ledger(pace_of(config), first_fence=starts * FENCES_PER_START)
+        self.metrics = MetricsWriter(config.run_dir)
+        self._restore()
+
+    @property
+    def finished(self) -> bool:
+        """The last step is committed and every evaluation that is due has been made."""
+        return self.ledger.committed >= self.config.steps and not self.evaluating and not self._due()
+
+    def event(self, kind: str, worker: str, detail: str) -> None:
+        """Notes in the log that something happened to the run."""
+        self.log.add_event(kind, worker, detail, time.time())
+
+    def commit(self) -> None:
+        """Makes everything since the last time durable. Raises `LogError` (disk full, say); then nothing of it counts."""
+        self.log.commit()
+        self._end_evaluations()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.log.close()
+
+    # --- what workers bring ----------------------------------------------------------------------------------------
+
+    def rollout(self, worker: str, rollout: m.Rollout) -> str | None:
+        """A finished response."""
+        refused = self.ledger.rollout(worker, rollout.group, rollout.sample, rollout.fence, rollout.tokens.shape[0])
+        if refused is None:
+            self.log.add_rollout(worker, rollout, time.time())
+            self.texts[rollout.group, rollout.sample] = rollout
+            self.partials.pop((rollout.group, rollout.sample), None)
+        return refused
+
+    def hand_back(self, worker: str, handed: m.HandBack) -> str | None:
+        """Unfinished samples of a leaving generator; another one continues them from their tokens."""
+        refused = self.ledger.hand_back(worker, handed.group, handed.fence, handed.samples)
+        if refused is None:
+            self.partials.update({(handed.group, partial.sample): partial for partial in handed.partials})
+        return refused
+
+    def grade(self, worker: str, grade: m.Grade) -> str | None:
+        """A verdict on one attempt."""
+        refused = self.ledger.grade(worker, grade.group, grade.sample, grade.attempt, grade.verdict, grade.correct)
+        if refused is None:
+            self.log.add_grade(worker, grade, time.time())
+        return refused
+
+    def step(self, commit: m.StepCommit) -> str | None:
+        """A trained step. One that the log has already must have come to the same weights."""
+        if commit.step <= self.ledger.committed:
+            known = self.log.step(commit.step)
+            if known is not None and known.weights_hash != commit.weights_hash:
+                detail = f"step {commit.step}: re-trained to {commit.weights_hash}, the log has {known.weights_hash}"
+                self.event("diverged", "learner", detail)
+                return detail
+            return None
+        try:
+            self.ledger.commit(commit.step)
+        except ValueError as error:
+            return str(error)
+        self.latest = {**self.ledger.figures(), **commit.metrics}
+        self.log.commit_step(msgspec.structs.replace(commit, metrics=self.latest))
+        self.log.commit()
+        self.metrics.step(commit.step, self.latest)
+        return None
+
+    def batch(self, pull: m.Pull) -> m.Batch | str:
+        """The groups that a learner rank asks for, or why it cannot have them."""
+        planned = set(self.ledger.planned.get(pull.step) or self.log.plan(pull.step) or ())
+        if strangers := [group for group in pull.groups if group not in planned]:
+            return f"pull: groups {strangers[:5]} are not in the plan of step {pull.step}"
+        return self.log.batch(pull.step, pull.groups)
+
+    # --- what follows ----------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Draws prompts while the pacing rule has room and somebody could start on them, and what is to be evaluated."""
+        self._begin_evaluations()
+        room = self.ledger.room()
+        appetite = self.ledger.appetite() if self.intake.kind == "train" else room
+        while room > 0 and appetite > 0:
+            min_version = max(0, self.ledger.committed - self.config.buffer.max_lag)
+            row, rollout = self.intake.train(self.next_group, min_version=min_version)
+            self._enter(row)
+            if rollout is not None:
+                grade = m.Grade(row.group, 0, 0, "graded", correct=True, reward=1.0)
+                self.log.add_rollout("source", rollout, row.issued_at)
+                self.log.add_grade("source", grade, row.issued_at)
+            room, appetite = room - 1, appetite - row.samples
+        for problem in self.intake.skipped:
+            self.event("skipped", "source", problem)
+        self.intake.skipped.clear()
+
+    def _enter(self, row: GroupRow) -> None:
+        self.next_group = row.group + 1
+        self.rows[row.group] = row
+        self.log.add_group(row)
+        self.ledger.add_group(row.group, row.kind, row.samples, min_version=row.min_version)
+
+    def ticket(self, issue: Issue) -> m.Ticket:
+        """What a generator is sent."""
+        row, generator = self.rows[issue.group], self.config.generator
+        if generator is None:
+            raise ConfigError(f"{self.config.source}: a generator joined, but the config has no [generator]")
+        sampling = generator.sampling
+        if row.kind == "eval":
+            evaluation = self.config.eval
+            sampling = msgspec.structs.replace(
+                sampling, temperature=evaluation.temperature, top_p=evaluation.top_p, top_k=0
+            )
+        return m.Ticket(
+            group=issue.group,
+            samples=issue.samples,
+            fence=issue.fence,
+            prompt=row.prompt,
+            sampling=sampling,
+            seed=row.seed,
+            min_version=issue.min_version,
+            resume=[self.partials[issue.group, s] for s in issue.samples if (issue.group, s) in self.partials],
+        )
+
+    def grade_task(self, score: Score) -> m.GradeTask:
+        """What a reward worker is sent."""
+        row, rollout = self.rows[score.group], self.texts[score.group, score.sample]
+        return m.GradeTask(
+            group=score.group,
+            sample=score.sample,
+            attempt=score.attempt,
+            task=row.task,
+            prompt_text=row.prompt_text,
+            text=rollout.text,
+            answer=row.answer,
+            response_tokens=rollout.tokens.shape[0],
+            finish=rollout.finish,
+        )
+
+    def decided(self, decided: Decided) -> None:
+        """A group has all its grades."""
+        row = self.rows.pop(decided.group)
+        for sample in range(row.samples):
+            self.texts.pop((decided.group, sample), None)
+        if decided.outcome == "evaluated":
+            self.log.set_group(decided.group, "evaluated")
+            self.evaluating[row.min_version].discard(decided.group)
+        elif decided.outcome != "ready":
+            self.log.set_group(decided.group, decided.outcome, reason=decided.reason)
+        rounds = self.ledger.fruitless // self.config.buffer.groups_per_step
+        if rounds >= SAY_FRUITLESS + self.said_fruitless:
+            self.said_fruitless = rounds
+            say(f"buffer: {self.ledger.fruitless} groups in a row were all right or all wrong; sampling goes on")
+        elif rounds == 0:
+            self.said_fruitless = 0
+
+    def plan(self, step: int) -> m.Plan | None:
+        """The groups of a step, from the log when it was trained before; None while they are not ready."""
+        known = self.log.step(step) if step <= self.ledger.committed else None
+        if known is not None:
+            groups: list[int] | None = self.log.plan(step)
+        else:
+            new = step not in self.ledger.planned
+            groups = self.ledger.plan(step) if step == self.ledger.committed + 1 else None
+            if groups is not None and new:
+                self.log.add_plan(step, groups)
+                for group in groups:
+                    self.rows.pop(group, None)
+        if groups is None:
+            return None
+        return m.Plan(
+            step=step,
+            groups=self.log.sizes(groups),
+            weights_hash=known.weights_hash if known else None,
+            last=step == self.config.steps,
+            metrics=self.ledger.figures(),
+        )
+
+    # --- evaluation: held-out prompts as groups of their own kind, which no pacing counts and nothing waits for ------
+
+    def _due(self) -> list[int]:
+        """Steps whose weights are to be evaluated now and are not yet."""
+        evaluation, committed = self.config.eval, self.ledger.committed
+        if not self.intake.held_out:
+            return []
+        steps = {0, self.config.steps} | (
+            set(range(0, self.config.steps, evaluation.every)) if evaluation.every else set()
+        )
+        done = {int(e["eval_step"]) for e in self.evals}
+        # A resumed run may have passed several; only the newest of those still measures the weights it names.
+        passed = [s for s in sorted(steps) if s <= committed and s not in done]
+        return [s for s in passed[-1:] if s not in self.evaluating]
+
+    def _begin_evaluations(self) -> None:
+        for step in self._due():
+            rows = list(self.intake.evaluation(self.next_group, step=step))
+            self.evaluating[step] = {row.group for row in rows}
+            for row in rows:
+                self._enter(row)
+
+    def _end_evaluations(self) -> None:
+        for step in [step for step, groups in self.evaluating.items() if not groups]:
+            del self.evaluating[step]
+            figures = self.log.evaluation(step)
+            if figures is not None:
+                self.evals.append({"eval_step": step, **figures})
+                self.metrics.evaluation(step, figures)
+
+    # --- start -----------------------------------------------------------------------------------------------------
+
+    def _open_log(self, resume: bool) -> Log:
+        path = self.config.run_dir / "rollouts.db"
+        if resume and path.exists():
+            return Log.open(path, write=True)
+        if path.exists():
+            raise ConfigError(f"{path}: exists already; continue it with --resume or choose another name")
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        return Log.create(path, run=self.config.name, config=dump_config(self.config), code_version=code_version())
+
+    def _restore(self) -> None:
+        """Rebuilds the ledger from the log: the same groups, with the results that were committed."""
+        self.next_group, self.intake.cursor = self.log.next_group(), self.log.next_source_index(self.intake.kind)
+        self.ledger.committed = self.log.last_step()
+        self.evals = self.log.evaluations()
+        for step, groups in self.log.planned():
+            self.ledger.restore_plan(step, groups)
+        for state in self.log.unfinished():
+            row = state.row
+            self.rows[row.group] = row
+            self.ledger.add_group(row.group, row.kind, row.samples, min_version=row.min_version)
+            if row.kind == "eval":
+                self.evaluating.setdefault(row.min_version, set()).add(row.group)
+            if row.kind == "ready":
+                continue  # it entered with its response and grade
+            self.texts.update({(row.group, rollout.sample): rollout for rollout in self.log.rollouts(row.group)})
+            for sample in state.samples:
+                self.ledger.restore_rollout(row.group, sample.sample, sample.response_tokens)
+                for attempt, verdict, correct in sample.attempts:
+                    self.ledger.restore_grade(row.group, sample.sample, attempt, verdict, correct)
+
+
+def pace_of(config: Config) -> Pace:
+    """The ledger's settings of a run."""
+    return Pace(
+        steps=config.steps,
+        groups_per_step=config.buffer.groups_per_step,
+        max_lag=config.buffer.max_lag,
+        dynamic_sampling=config.buffer.dynamic_sampling,
+        max_oversample=config.buffer.max_oversample,
+        lease_s=config.buffer.lease_s,
+        # A worker is within its lease even if every task that it holds runs into the time limit.
+        grade_lease_s=config.reward.tasks_per_scorer * config.reward.timeout_s + 30,
+        grade_attempts=config.reward.attempts,
+    )
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
