@@ -17,104 +17,12 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
-from msgspec import Struct
-
+from protocols.ledger_rows import Decided, Decision, Group, Issue, Kind, Pace, Sample, Score, Worker
 from protocols.messages import Verdict
 
-Kind = Literal["train", "eval", "ready"]
-Stage = Literal["new", "leased", "rolled", "grading", "graded", "failed"]
-
-
-class Pace(Struct, frozen=True):
-    """The settings of a ledger. Times in seconds; `steps` rollout steps in all."""
-
-    steps: int
-    groups_per_step: int
-    max_lag: int
-    dynamic_sampling: bool = True
-    max_oversample: float = 3.0
-    lease_s: float = 60.0
-    grade_lease_s: float = 60.0
-    grade_attempts: int = 2
-
-    def __post_init__(self) -> None:
-        if self.groups_per_step < 1 or self.max_lag < 0 or self.max_oversample < 1 or self.grade_attempts < 1:
-            raise ValueError(f"pace: expected groups_per_step >= 1, max_lag >= 0, max_oversample >= 1, got {self}")
-
-
-class Issue(Struct, frozen=True):
-    """Send a ticket for these samples to this generator."""
-
-    worker: str
-    group: int
-    samples: list[int]
-    fence: int
-    min_version: int
-
-
-class Score(Struct, frozen=True):
-    """Send this sample to this reward worker."""
-
-    worker: str
-    group: int
-    sample: int
-    attempt: int
-
-
-class Decided(Struct, frozen=True):
-    """All samples of a group have ended. `outcome` "ready" goes to training, the others leave the system now."""
-
-    group: int
-    kind: Kind
-    outcome: Literal["ready", "dropped", "failed", "evaluated"]
-    reason: str | None = None
-
-
-Decision = Issue | Score | Decided
-
-
-@dataclass(slots=True)
-class Sample:
-    stage: Stage = "new"
-    fence: int = -1
-    worker: str = ""
-    deadline: float = 0.0
-    attempt: int = 0
-    failures: int = 0
-    correct: bool = False
-    tokens: int = 0
-
-
-@dataclass(slots=True)
-class Group:
-    id: int
-    kind: Kind
-    samples: list[Sample]
-    min_version: int
-    fence: int
-
-    @property
-    def graded(self) -> list[Sample]:
-        return [s for s in self.samples if s.stage == "graded"]
-
-    @property
-    def ended(self) -> bool:
-        return all(s.stage in ("graded", "failed") for s in self.samples)
-
-
-@dataclass(slots=True)
-class Worker:
-    role: str
-    capacity: int
-    outstanding: set[tuple[int, int]] = field(default_factory=set)
-    suspect: bool = False
-
-    @property
-    def free(self) -> int:
-        return 0 if self.suspect else max(0, self.capacity - len(self.outstanding))
+__all__ = ["Decided", "Decision", "Issue", "Kind", "Ledger", "Pace", "Score"]
 
 
 class Ledger:
@@ -162,15 +70,28 @@ class Ledger:
     def _planned_count(self) -> int:
         return sum(len(groups) for groups in self.planned.values())
 
+    @property
+    def _queued(self) -> float:
+        """Groups that will be trained before one that enters now, as far as can be told."""
+        return len(self.ready) + self._planned_count + self.keep * self.undecided
+
     def room(self) -> int:
-        """How many training groups may enter now: the pacing rule, what the run still needs, and who could take them."""
-        pace, keep = self.pace, self.keep
+        """How many training groups may enter now: the pacing rule, and what the run still needs."""
+        pace = self.pace
         bound = (pace.max_lag + 1) * pace.groups_per_step
-        settled, undecided = len(self.ready) + self._planned_count, self.undecided
         needed = (pace.steps - self.committed) * pace.groups_per_step
-        by_lag = int((min(bound, needed) - settled - keep * undecided + 1e-9) / keep)
-        by_count = int(pace.max_oversample * bound) - settled - undecided
+        by_lag = int((min(bound, needed) - self._queued + 1e-9) / self.keep)
+        by_count = int(pace.max_oversample * bound) - self.in_system
         return max(0, min(by_lag, by_count))
+
+    def min_version(self) -> int:
+        """The oldest weights that may sample a group which enters now, for its turn to come within the lag.
+
+        Its step is committed + 1 + queued // B and trains on one version less. The pacing rule keeps queued below
+        (L + 1) * B, so this is never a version that has not been published.
+        """
+        turn = self.committed + int((self._queued + 1e-9) // self.pace.groups_per_step)
+        return max(0, turn - self.pace.max_lag)
 
     def appetite(self) -> int:
         """Samples that generators could start now and that no group waits to fill."""

@@ -29,15 +29,13 @@ class World:
         self.counted: Counter[tuple[int, int]] = Counter()
         self.trained: list[int] = []
         self.late: list[tuple[str, int, int, int]] = []
-        self.min_version: dict[int, int] = {}
 
     def turn(self) -> None:
         """Admit what may enter, decide, and check what must hold at every moment."""
         ledger = self.ledger
         while ledger.room() and ledger.appetite():
-            ledger.add_group(
-                self.next_group, "train", self.size, min_version=max(0, ledger.committed - ledger.pace.max_lag)
-            )
+            assert ledger.min_version() <= ledger.committed, "it would wait for weights that nobody will make"
+            ledger.add_group(self.next_group, "train", self.size, min_version=ledger.min_version())
             self.next_group += 1
         for decision in ledger.decide(self.now):
             if isinstance(decision, Issue):
@@ -183,6 +181,18 @@ def test_oversampling_follows_the_measured_keep_rate() -> None:
         decide_group(ledger, group, [True, group != 0])
     assert ledger.keep < 0.7
     assert 1 / ledger.keep * 5 - 1 < ledger.room() <= 1 / ledger.keep * 6
+
+
+def test_a_group_is_sampled_by_weights_that_its_turn_allows() -> None:
+    """One step of lag: while step 1 trains, what enters for step 2 may be sampled by version 0; after its commit, what
+    enters for step 3 (trained on version 2) must be sampled by version 1."""
+    ledger = running()
+    for group in range(6):
+        decide_group(ledger, group, [True, False])
+    ledger.plan(1)
+    assert ledger.room() == 0
+    ledger.commit(1)
+    assert (ledger.room(), ledger.min_version()) == (3, 1)
 
 
 def test_zombie_is_refused_by_its_fence() -> None:

@@ -125,8 +125,7 @@ class RunState:
         room = self.ledger.room()
         appetite = self.ledger.appetite() if self.intake.kind == "train" else room
         while room > 0 and appetite > 0:
-            min_version = max(0, self.ledger.committed - self.config.buffer.max_lag)
-            row, rollout = self.intake.train(self.next_group, min_version=min_version)
+            row, rollout = self.intake.train(self.next_group, min_version=self.ledger.min_version())
             self._enter(row)
             if rollout is not None:
                 grade = m.Grade(row.group, 0, 0, "graded", correct=True, reward=1.0)
