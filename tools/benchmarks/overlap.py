@@ -7,8 +7,9 @@ nothing, so that on few cores it takes time as an accelerator of its own would. 
     train       the learner's own work: median of training, commit and publication, plus pulling a step that is ready
     ideal       max(generate, train); share = ideal / wall time
 
-The pace comes from a first run that is not measured, such that generating takes as long as training: the hardest case,
-for then every wait on either side is lost. Lags take turns, so that a busy machine slows all of them.
+The pace of each run is set from the run before it (the first is not measured), such that generating takes as long as
+training: the hardest case, for then every wait on either side is lost. Lags take turns, so that a busy machine slows
+all of them.
 
     python -m tools.benchmarks.overlap --repeats 5 --json overlap.json
 """
@@ -37,8 +38,8 @@ from workers.roles import ROLE_COMMAND, role_command
 from workers.supervise import Supervisor
 
 ALPHABET = " #ax0123456789"
-MODEL = NewModel(ALPHABET, hidden=96, layers=3, heads=4, kv_heads=2, intermediate=256, context=256)
-WARM_UP = 4
+MODEL = NewModel(ALPHABET, hidden=80, layers=3, heads=4, kv_heads=2, intermediate=208, context=256)
+WARM_UP = 3
 """Steps before the measured ones."""
 TIMEOUT_S = 180.0
 ENDLESS_PACE = 1e6
@@ -63,15 +64,19 @@ Row = dict[str, float | str]
 class Measured(Struct, frozen=True):
     """One run: seconds a step, shares, and lags in steps."""
 
+    pace: float
     wall: float
     generate: float
     train: float
     train_mean: float
+    """As `train`, with the mean of the steps in place of their median: disturbances of the machine included."""
     pull: float
     waited: float
     keep: float
     lag_mean: float
     lag_max: float
+    masked: float
+    """Share of tokens without loss, for they were older than the lag that is allowed."""
 
     @property
     def ideal(self) -> float:
@@ -80,6 +85,10 @@ class Measured(Struct, frozen=True):
     @property
     def share(self) -> float:
         return self.ideal / self.wall
+
+    @property
+    def share_of_mean(self) -> float:
+        return max(self.generate, self.train_mean) / self.wall
 
 
 class Bench(Struct, frozen=True):
@@ -106,7 +115,7 @@ class Bench(Struct, frozen=True):
         config = load_config(path, overrides)
         play(config, [str(path), *(part for override in overrides for part in ("--set", override))], pace)
         with Log.open(config.run_dir / "rollouts.db") as log:
-            return figures(log, first=WARM_UP + 1, count=self.steps, rate=self.slots * pace, pull=pull)
+            return figures(log, first=WARM_UP + 1, count=self.steps, slots=self.slots, pace=pace, pull=pull)
 
 
 def play(config: Config, arguments: list[str], pace: float) -> None:
@@ -141,7 +150,7 @@ def watch(supervisor: Supervisor, deadline: float, what: str) -> None:
     time.sleep(0.05)
 
 
-def figures(log: Log, *, first: int, count: int, rate: float, pull: float | None) -> Measured:
+def figures(log: Log, *, first: int, count: int, slots: int, pace: float, pull: float | None) -> Measured:
     """Of the `count` steps from `first` on: from the start of its training to the start of that of the step after them.
     What was generated meanwhile are the groups that were decided from one step's last group on to the other's."""
     rows = log.query("SELECT started_at, metrics FROM steps WHERE step BETWEEN ? AND ?", first, first + count)
@@ -159,8 +168,9 @@ def figures(log: Log, *, first: int, count: int, rate: float, pull: float | None
     begin, end = (max(at for step, _, at, _ in groups if step == wanted) for wanted in (first, first + count))
     needed = [(status, tokens) for _, status, at, tokens in groups if begin < at <= end]
     return Measured(
+        pace=pace,
         wall=sum(cycles) / count,
-        generate=sum(tokens for _, tokens in needed) / rate / count,
+        generate=sum(tokens for _, tokens in needed) / (slots * pace) / count,
         train=statistics.median(works) + pull,
         train_mean=statistics.mean(works) + pull,
         pull=pull,
@@ -168,6 +178,7 @@ def figures(log: Log, *, first: int, count: int, rate: float, pull: float | None
         keep=sum(status == "trained" for status, _ in needed) / len(needed),
         lag_mean=statistics.mean(each["lag_mean"] for each in metrics[:-1]),
         lag_max=max(each["lag_max"] for each in metrics[:-1]),
+        masked=statistics.mean(each["masked_fraction"] for each in metrics[:-1]),
     )
 
 
@@ -177,21 +188,23 @@ def run(lags: list[int], *, repeats: int, steps: int, slots: int, balance: float
         bench = Bench(Path(folder), slots, steps)
         bench.prepare()
         free = bench.run("free", lag=2, pace=ENDLESS_PACE)
-        # Tokens a step, from the time that they took at this pace.
-        tokens = free.generate * slots * ENDLESS_PACE
-        pace = pace or tokens / slots / (balance * free.train)
+        # Tokens a step and slot, from the time that they took at this pace.
+        tokens = free.generate * ENDLESS_PACE
+        train = free.train
         found: dict[int, list[Measured]] = {lag: [] for lag in lags}
         for repeat in range(repeats):
             for lag in lags:
-                found[lag].append(bench.run(f"lag{lag}-{repeat}", lag=lag, pace=pace, pull=free.pull))
-    facts: Row = {"slots": slots, "pace": pace, "steps": steps, "repeats": repeats, "tokens_per_step": tokens}
+                rate = pace or tokens / (balance * train)
+                found[lag].append(bench.run(f"lag{lag}-{repeat}", lag=lag, pace=rate, pull=free.pull))
+                train = found[lag][-1].train
+    facts: Row = {"slots": slots, "steps": steps, "repeats": repeats, "balance": balance, "tokens_per_slot": tokens}
     return [{"lag": lag, **summary(runs), **facts, "load": os.getloadavg()[0]} for lag, runs in found.items()]
 
 
 def summary(runs: list[Measured]) -> Row:
     """Median, lowest and highest of every figure over the runs."""
     row: Row = {}
-    for what in (*Measured.__struct_fields__, "ideal", "share"):
+    for what in (*Measured.__struct_fields__, "ideal", "share", "share_of_mean"):
         values = [float(getattr(run, what)) for run in runs]
         row |= {what: statistics.median(values), f"{what}_low": min(values), f"{what}_high": max(values)}
     return row
@@ -199,12 +212,20 @@ def summary(runs: list[Measured]) -> Row:
 
 def show(rows: list[Row]) -> None:
     table = Table(title="Wall time of a step against max(generate, train): median (lowest to highest)")
-    for column in ("max lag", "share of ideal", "wall ms", "generate ms", "train ms", "learner waits", "lag mean, max"):
+    for column in (
+        "max lag",
+        "share of ideal",
+        "wall ms",
+        "generate ms",
+        "train ms",
+        "learner waits",
+        "lag mean, max, masked",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         times = [spread(row, what, 1e3, ".0f") for what in ("wall", "generate", "train")]
         shares = [spread(row, what, 1e2, ".0f") + " %" for what in ("share", "waited")]
-        lags = f"{float(row['lag_mean']):.2f}, {float(row['lag_max_high']):.0f}"
+        lags = f"{float(row['lag_mean']):.2f}, {float(row['lag_max_high']):.0f}, {float(row['masked']):.0%}"
         table.add_row(str(row["lag"]), shares[0], *times, shares[1], lags)
     Console().print(table)
 
