@@ -5,11 +5,12 @@ nothing, so that on few cores it takes time as an accelerator of its own would. 
 
     generate    tokens that the steps needed (dropped groups included) / (slots x pace)
     train       the learner's own work: median of training, commit and publication, plus pulling a step that is ready
-    ideal       max(generate, train); share = ideal / wall time
+    ideal       max(generate, train); share = ideal / wall time; "of mean" takes the mean of the steps for train, which
+                counts what other programs on the machine cost as training and not as a lost share
 
-The pace of each run is set from the run before it (the first is not measured), such that generating takes as long as
-training: the hardest case, for then every wait on either side is lost. Lags take turns, so that a busy machine slows
-all of them.
+The pace of each run is set from the one before it at the same lag, at first from a run that is not measured, such that
+generating takes as long as training: the hardest case, for then every wait on either side is lost. Lags take turns, so
+that a busy machine slows all of them.
 
     python -m tools.benchmarks.overlap --repeats 5 --json overlap.json
 """
@@ -53,7 +54,7 @@ seed = 7
 model = {{ type = "path", path = "{folder}/model" }}
 tasks = [{{ type = "jsonl", path = "{folder}/prompts.jsonl", chat = false, extract = "hashes", held_out = 0, score.type = "exact" }}]
 objective = {{ type = "dapo" }}
-buffer = {{ groups_per_step = 16, samples_per_group = 8, prompt_tokens = 16 }}
+buffer = {{ groups_per_step = 12, samples_per_group = 8, prompt_tokens = 16 }}
 generator = {{ sampling = {{ max_tokens = 200 }}, engine = {{ type = "torch", slots = {slots} }} }}
 learner = {{ lr = 1e-5, token_budget = 4096, checkpoint_every = 100000, device = "cpu" }}
 """
@@ -190,13 +191,13 @@ def run(lags: list[int], *, repeats: int, steps: int, slots: int, balance: float
         free = bench.run("free", lag=2, pace=ENDLESS_PACE)
         # Tokens a step and slot, from the time that they took at this pace.
         tokens = free.generate * ENDLESS_PACE
-        train = free.train
+        train = dict.fromkeys(lags, free.train)
         found: dict[int, list[Measured]] = {lag: [] for lag in lags}
         for repeat in range(repeats):
             for lag in lags:
-                rate = pace or tokens / (balance * train)
+                rate = pace or tokens / (balance * train[lag])
                 found[lag].append(bench.run(f"lag{lag}-{repeat}", lag=lag, pace=rate, pull=free.pull))
-                train = found[lag][-1].train
+                train[lag] = found[lag][-1].train
     facts: Row = {"slots": slots, "steps": steps, "repeats": repeats, "balance": balance, "tokens_per_slot": tokens}
     return [{"lag": lag, **summary(runs), **facts, "load": os.getloadavg()[0]} for lag, runs in found.items()]
 
@@ -224,9 +225,9 @@ def show(rows: list[Row]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         times = [spread(row, what, 1e3, ".0f") for what in ("wall", "generate", "train")]
-        shares = [spread(row, what, 1e2, ".0f") + " %" for what in ("share", "waited")]
+        shares = [spread(row, what, 1e2, ".0f") + " %" for what in ("share", "share_of_mean", "waited")]
         lags = f"{float(row['lag_mean']):.2f}, {float(row['lag_max_high']):.0f}, {float(row['masked']):.0%}"
-        table.add_row(str(row["lag"]), shares[0], *times, shares[1], lags)
+        table.add_row(str(row["lag"]), *shares[:2], *times, shares[2], lags)
     Console().print(table)
 
 
@@ -239,7 +240,7 @@ def main(
     lags: Annotated[str, typer.Option(help="Comma-separated values of buffer.max_lag.")] = "0,1,2",
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     steps: Annotated[int, typer.Option(min=5, help="Measured steps of each run.")] = 20,
-    slots: Annotated[int, typer.Option(min=1, help="Of the paced generator.")] = 32,
+    slots: Annotated[int, typer.Option(min=1, help="Of the paced generator.")] = 24,
     balance: Annotated[
         float, typer.Option(min=0.1, help="Generating takes this many times as long as training.")
     ] = 1.0,
