@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -248,6 +249,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Measure how far generating and training overlap at each lag."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that neither processes nor the temporary folder stay
     parsed = [int(lag) for lag in lags.split(",")]
     rows = run(parsed, repeats=repeats, steps=steps, slots=slots, balance=balance, pace=pace)
     show(rows)
