@@ -25,14 +25,18 @@ from protocols.messages import INT, Announce, Goodbye, HandBack, Heartbeat, Mess
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from engine.config import parse_config
 from workers.generator import run
-sys.exit(run(parse_config(json.loads(Path(sys.argv[1]).read_text()), "test"), sys.argv[2], sys.argv[3], gone_s=6.0))
+code = run(parse_config(json.loads(Path(sys.argv[1]).read_text()), "test"), sys.argv[2], sys.argv[3], gone_s=6.0)
+sys.stderr.flush()
+os._exit(code)
 """
-CONTEXT = 512
-ALPHABET = "abcdefghijklmnopqrstuvwxyz "
+CONTEXT = 4096
+ALPHABET = "abcdefghijklmnopqrstuvwxyz " + "".join(map(chr, range(0x4E00, 0x4E00 + 4000)))
+"""So many that random weights seldom draw the stop token: long responses are still under way when a test acts."""
+LONG = 2000
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,10 @@ class Buffer:
     def send(self, name: str, *messages: Message) -> None:
         for message in messages:
             assert self.server.send(name, message)
+
+    def tokens(self, name: str) -> float:
+        """How many the worker says that it has generated."""
+        return self.beats[name].counters.get("generated_tokens", 0.0) if name in self.beats else 0.0
 
     def until(self, condition: Callable[[], object], timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
@@ -179,8 +187,8 @@ def test_it_serves_verified_weights_only_adopts_new_ones_in_flight_and_ends_with
             np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-4)
 
         waiting = ticket(config, 2, 1, 5, min_version=5)
-        buffer.send("g", waiting, *(ticket(config, group, 2, 450) for group in (3, 4)))
-        buffer.until(lambda: buffer.beats["g"].counters.get("generated_tokens", 0) > 100)
+        buffer.send("g", waiting, *(ticket(config, group, 2, LONG) for group in (3, 4)))
+        buffer.until(lambda: buffer.tokens("g") > 100)
         learner.publish(5, weights(config, 5))
         buffer.until(lambda: len(buffer.rollouts) == 3 + 5)
         assert buffer.rollouts[2, 0].versions == [(5, len(buffer.rollouts[2, 0].tokens))]
@@ -201,14 +209,14 @@ def test_it_serves_verified_weights_only_adopts_new_ones_in_flight_and_ends_with
 def test_told_to_leave_it_hands_back_what_another_continues(config: Config, buffer: Buffer, learner: Publisher) -> None:
     learner.publish(0, weights(config, 0))
     buffer.announce(learner)
-    long = ticket(config, 5, 4, 480)
+    long = ticket(config, 5, 4, LONG)
     with (
         Worker(config, buffer.server.address, "first") as first,
         Worker(config, buffer.server.address, "second") as second,
     ):
         buffer.until(lambda: len(buffer.hellos) == 2)
         buffer.send("first", long)
-        buffer.until(lambda: buffer.beats["first"].counters.get("generated_tokens", 0) > 40)
+        buffer.until(lambda: buffer.tokens("first") > 40)
         first.process.send_signal(signal.SIGTERM)
         buffer.until(lambda: "first" in buffer.left)
         assert first.ended() == (0, "")
@@ -256,7 +264,7 @@ def test_it_ends_with_one_clear_error_when_going_on_cannot_help(
         lost.server.close()
         buffer.until(lambda: "misfit" in buffer.hellos)
         large = Ticket(6, [0, 1], 3, np.ones(CONTEXT, INT), Sampling(max_tokens=5), 0)
-        buffer.send("misfit", ticket(config, 5, 1, 480), large)
+        buffer.send("misfit", ticket(config, 5, 1, LONG), large)
         buffer.until(lambda: "misfit" in buffer.left)
         assert {(back.group, back.fence, tuple(back.samples)) for back in buffer.handed} == {
             (5, 6, (0,)),

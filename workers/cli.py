@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -219,16 +220,30 @@ FAILURES = {
 
 def main() -> None:
     """The console script. Known errors are one line on stderr; HEADRACE_TRACEBACK=1 shows where they came from."""
+    code = _run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: native threads of a process group that broke may abort in the interpreter's teardown, and would turn
+    # the code that says what happened into that of a crash.
+    os._exit(code)
+
+
+def _run() -> int:
+    """The command's exit code."""
     try:
         app()
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, RuntimeError, OSError) as error:
+        return 130
+    except Exception as error:
         names = {kind.__name__ for kind in type(error).__mro__}
         if not names & (BAD_INPUT | FAILURES) or os.environ.get("HEADRACE_TRACEBACK"):
-            raise
-        print(f"headrace: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if names & BAD_INPUT else 1)
+            traceback.print_exc()
+        else:
+            print(f"headrace: {error}", file=sys.stderr, flush=True)
+        return 2 if names & BAD_INPUT else 1
+    return 0
 
 
 if __name__ == "__main__":
