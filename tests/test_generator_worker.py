@@ -260,7 +260,7 @@ def test_it_ends_with_one_clear_error_when_going_on_cannot_help(
         Worker(config, lost.server.address, "lost") as left_alone,
         Worker(config, "tcp://127.0.0.1:9", "early") as early,
     ):
-        lost.until(lambda: "lost" in lost.hellos)
+        lost.until(lambda: "lost" in lost.beats)  # it has its welcome, then
         lost.server.close()
         buffer.until(lambda: "misfit" in buffer.hellos)
         large = Ticket(6, [0, 1], 3, np.ones(CONTEXT, INT), Sampling(max_tokens=5), 0)
