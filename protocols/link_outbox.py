@@ -55,6 +55,13 @@ class Outbox:
         self.bytes -= size_of(frames)
         return True
 
+    def settle_run(self, last: int, count: int) -> None:
+        """The other side has the `count` ids up to `last`; those that are not kept do not matter."""
+        if self._kept:
+            lowest, highest = next(iter(self._kept)), next(reversed(self._kept))
+            for id in range(max(last - count + 1, lowest), min(last, highest) + 1):
+                self.settle(id)
+
     def settle_through(self, id: int) -> None:
         """The other side has everything up to `id`."""
         while self._kept and (first := next(iter(self._kept))) <= id:

@@ -74,6 +74,9 @@ class _Peer:
     stream: int = field(default_factory=lambda: 1 + secrets.randbits(62))
     """Tells this stream to the worker from one of an earlier peer or buffer; it goes out as the id of the welcome."""
     last: int = 0
+    acked: int = 0
+    owed: int = 0
+    """How many acknowledgements, of consecutive ids up to `acked`, are to go out as one message."""
     outbox: Outbox = field(default_factory=Outbox)
 
 
@@ -97,6 +100,7 @@ class Server:
         self._peers: dict[str, _Peer] = {}
         self._sessions: dict[bytes, _Peer] = {}
         self._stuck: set[str] = set()
+        self._owing: set[str] = set()
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
         self._replaced: OrderedDict[bytes, str] = OrderedDict()
         self._events: list[Event] = []
@@ -112,6 +116,8 @@ class Server:
 
     def poll(self, timeout_s: float) -> list[Event]:
         """What happened, waiting up to `timeout_s` for the first of it."""
+        for worker in list(self._owing):
+            self._pay(self._peers[worker])
         wait_s = 0.0 if self._events else min(timeout_s, RETRY_S) if self._stuck else timeout_s
         more = self._socket.poll(int(wait_s * 1000)) and self._drain_socket()
         for worker in list(self._stuck):
@@ -127,6 +133,11 @@ class Server:
         peer = self._peers.get(worker)
         if peer is None:
             return False
+        self._pay(peer)
+        return worker in self._peers and self._queue(peer, message)
+
+    def _queue(self, peer: _Peer, message: Message) -> bool:
+        worker = peer.worker
         frames = encode(message, peer.last + 1)
         waiting = len(peer.outbox), peer.outbox.bytes
         if waiting[0] >= QUEUE_MESSAGES or (waiting[0] and waiting[1] + size_of(frames) > self._max_queue_bytes):
@@ -140,10 +151,23 @@ class Server:
         return True
 
     def ack(self, worker: str, id: int, refused: str | None = None) -> None:
-        """What message `id` said is durable, or refused for this reason."""
+        """What message `id` said is durable, or refused for this reason. It goes out with the next poll at the latest:
+        acknowledgements of consecutive ids are one message, for each costs as much as the message it answers."""
         if refused is not None:
             self.counters["refused"] += 1
-        self.send(worker, Ack(id, refused))
+            self.send(worker, Ack(id, refused))
+        elif (peer := self._peers.get(worker)) is not None:
+            if peer.owed and id != peer.acked + 1:
+                self._pay(peer)
+            peer.acked, peer.owed = id, peer.owed + 1
+            self._owing.add(worker)
+
+    def _pay(self, peer: _Peer) -> None:
+        """The acknowledgements that the owner has given go out."""
+        self._owing.discard(peer.worker)
+        count, peer.owed = peer.owed, 0
+        if count:
+            self._queue(peer, Ack(peer.acked, count=count))
 
     def close(self) -> None:
         """Closes the socket at once; what the workers have not confirmed is lost."""
@@ -259,6 +283,7 @@ class Server:
     def _forget(self, peer: _Peer, reason: str) -> None:
         del self._peers[peer.worker], self._sessions[peer.session]
         self._stuck.discard(peer.worker)
+        self._owing.discard(peer.worker)
         self._events.append(Left(peer.worker, reason))
 
     def _expire(self) -> None:

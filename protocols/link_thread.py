@@ -247,7 +247,7 @@ class LinkThread(threading.Thread):
                 self._fail(LinkRefused(f"{self._hello.name}: {self._address} refused: {reason}"))
             case Ack():
                 with shared.changed:
-                    shared.outbox.settle(message.id)
+                    shared.outbox.settle_run(message.id, message.count)
                     if message.refused is not None:
                         shared.inbox.append(message)
                     shared.changed.notify_all()

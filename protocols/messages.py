@@ -43,8 +43,10 @@ def _check_array(what: str, array: np.ndarray, dtype: np.dtype, length: int | No
 def _check_tokens(where: str, tokens: np.ndarray, logprobs: np.ndarray, versions: list[tuple[int, int]]) -> None:
     _check_array(f"{where}.tokens", tokens, INT)
     _check_array(f"{where}.logprobs", logprobs, FLOAT, tokens.shape[0])
-    _check(bool(np.all(tokens >= 0)), f"{where}.tokens", "a negative id", "ids >= 0")
-    _check(bool(np.all(logprobs <= 1e-3)), f"{where}.logprobs", "a positive or NaN value", "log-probabilities <= 0")
+    # Reduced without an array in between; the largest of values with a NaN among them is NaN, and fails too.
+    _check(not tokens.size or bool(tokens.min() >= 0), f"{where}.tokens", "a negative id", "ids >= 0")
+    largest_fits = not logprobs.size or bool(logprobs.max() <= 1e-3)
+    _check(largest_fits, f"{where}.logprobs", "a positive or NaN value", "log-probabilities <= 0")
     runs = sum(count for _, count in versions)
     _check(runs == tokens.shape[0], f"{where}.versions", f"runs over {runs} tokens", f"{tokens.shape[0]} tokens")
     _check(
@@ -331,10 +333,14 @@ class Welcome(Struct, frozen=True, tag="welcome"):
 
 
 class Ack(Struct, frozen=True, tag="ack"):
-    """Buffer to worker: the message with this id is durable (or was refused; then `refused` says why)."""
+    """Buffer to worker: the `count` messages up to this id are durable (or one was refused; then `refused` says why)."""
 
     id: int
     refused: str | None = None
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.count >= 1, "ack.count", self.count, "at least 1")
 
 
 class StatusRequest(Struct, frozen=True, tag="status_request"):

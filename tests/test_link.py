@@ -431,6 +431,28 @@ def test_garbage_does_not_disturb_others(buffer: Buffer) -> None:
     client.close()
 
 
+def test_acknowledgements_in_a_row_are_one_message_and_settle_no_other() -> None:
+    server = Server("tcp://127.0.0.1:0", heartbeat_s=5.0, peer_timeout_s=5.0)
+    with Raw(server.address, b"s.1") as raw:
+        raw.say(hello(), 4)
+        for id in range(5, 12):
+            raw.say(rollout(id), id)
+        events: list[object] = []
+
+        def all_came() -> bool:
+            events.extend(server.poll(0.01))
+            return len(events) == 8
+
+        wait_until(all_came, "the hello and the rollouts")
+        for id, refused in ((5, None), (6, None), (7, "no"), (8, None), (10, None), (11, None)):
+            server.ack("w", id, refused)
+        server.poll(0.0)
+        raw.hear()
+        answers = [raw.hear()[1] for _ in range(4)]
+    server.close()
+    assert answers == [m.Ack(6, count=2), m.Ack(7, "no"), m.Ack(8), m.Ack(11, count=2)]
+
+
 def test_a_message_that_is_none_is_refused_by_its_id(buffer: Buffer) -> None:
     with Raw(buffer.address, b"s.1") as raw:
         raw.say(hello(), 4)
@@ -578,7 +600,7 @@ def test_close_waits_a_bounded_time_for_a_buffer_that_is_stuck(buffer: Buffer) -
 # --- the outbox --------------------------------------------------------------------------------------------------------
 
 steps = st.lists(
-    st.tuples(st.sampled_from(["add", "send", "settle", "through", "rewind"]), st.integers(0, 12)), max_size=40
+    st.tuples(st.sampled_from(["add", "send", "settle", "run", "through", "rewind"]), st.integers(0, 12)), max_size=40
 )
 
 
@@ -605,6 +627,9 @@ def test_outbox_sends_all_that_is_unsettled_in_order(script: list[tuple[str, int
             case "settle":
                 assert outbox.settle(number) == (number in kept)
                 kept = [id for id in kept if id != number]
+            case "run":
+                outbox.settle_run(number, 3)
+                kept = [id for id in kept if not number - 3 < id <= number]
             case "through":
                 outbox.settle_through(number)
                 kept = [id for id in kept if id > number]
