@@ -125,6 +125,14 @@ class Worker:
             self.process.kill()
         self.process.communicate()
 
+    def handles_sigterm(self, timeout_s: float = 60.0) -> None:
+        """Waits until the process has got as far as to catch the signal."""
+        deadline = time.monotonic() + timeout_s
+        status = Path(f"/proc/{self.process.pid}/status")
+        while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+            assert time.monotonic() < deadline, f"waited {timeout_s} s for the worker to catch SIGTERM"
+            time.sleep(0.05)
+
     def ended(self, timeout_s: float = 40.0) -> tuple[int, str]:
         """Exit code and standard error."""
         _, errors = self.process.communicate(timeout=timeout_s)
@@ -261,6 +269,7 @@ def test_it_ends_with_one_clear_error_when_going_on_cannot_help(
         code, errors = misfit.ended()
         assert (code, errors.count("\n")) == (2, 1)
         assert f"group 6 (fence 3): the prompt has {CONTEXT} tokens, expected at most {CONTEXT - 1}" in errors
+        early.handles_sigterm()
         early.process.send_signal(signal.SIGTERM)
         assert early.ended() == (0, "")
         code, errors = left_alone.ended()
