@@ -125,6 +125,11 @@ class Log(LogReader):
             got = f"it is {found[0][0]}" if found else "it is not in the log"
             raise LogError(f"{self.path}: group {group} cannot become {status}: {got}, expected a waiting group")
 
+    def set_config(self, config: dict[str, Any]) -> None:
+        """The settings that the run goes on with from now."""
+        encoded = msgspec.json.encode(config).decode()
+        self._write("UPDATE meta SET value = ? WHERE key = 'config'", (encoded,), "the config")
+
     def add_plan(self, step: int, groups: list[int]) -> None:
         """These groups make `step`, in this order. Raises `AlreadyLogged` when one of them is in a plan."""
         for position, group in enumerate(groups):

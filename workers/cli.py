@@ -203,6 +203,7 @@ def _address(config: Config) -> str:
 
 BAD_INPUT = {
     "ConfigError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged",
+    "LaunchRefused", "RewardsBroken",
 }  # fmt: skip
 """Starting again cannot help: exit code 2."""
 FAILURES = {

@@ -14,6 +14,9 @@ from engine.text import TextModel
 from protocols import messages as m
 from protocols.log import GroupRow, Kind
 
+SKIPS_IN_A_ROW = 10_000
+"""So many prompts in a row that are too long mean that none will come that is not."""
+
 
 class Intake:
     """The stream of training groups from `cursor` on, and the held-out groups of an evaluation."""
@@ -25,14 +28,21 @@ class Intake:
         self.source = Source(config.tasks, config.seed)
         self.kind: Kind = "ready" if isinstance(config.objective, SftObjective) else "train"
         evaluates = self.kind == "train" and config.eval.prompts > 0
-        self.held_out = self.source.held_out(config.eval.prompts) if evaluates else []
         self.cursor = 0
         self.skipped: list[str] = []
         """What was left out since the owner last looked, as messages."""
+        held_out = self.source.held_out(config.eval.prompts) if evaluates else []
+        self.held_out = [row for row in held_out if self._prompt(row) is not None]
+        if held_out and not self.held_out:
+            raise ConfigError(
+                f"eval.prompts = {config.eval.prompts}: every held-out prompt was skipped, the last one as "
+                f"{self.skipped[-1]}"
+            )
 
     def train(self, group: int, *, min_version: int) -> tuple[GroupRow, m.Rollout | None]:
-        """The next training group, and its response where the row brings one (supervised fine-tuning)."""
-        while True:
+        """The next training group, and its response where the row brings one (supervised fine-tuning). Raises
+        `ConfigError` when nothing but prompts that are too long comes."""
+        for _ in range(SKIPS_IN_A_ROW):
             row = self.source[self.cursor]
             self.cursor += 1
             prompt = self._prompt(row)
@@ -41,6 +51,10 @@ class Intake:
             samples = self.config.buffer.samples_per_group if self.kind == "train" else 1
             entry = self._group(group, row, prompt, self.kind, samples, min_version, self.cursor - 1)
             return entry, self._solution(group, row) if self.kind == "ready" else None
+        raise ConfigError(
+            f"tasks: {SKIPS_IN_A_ROW} prompts in a row were skipped, so none is left to train on; the last one as "
+            f"{self.skipped[-1]}"
+        )
 
     def evaluation(self, first_group: int, *, step: int) -> Iterator[GroupRow]:
         """The groups that measure the weights after `step` steps on the held-out prompts."""

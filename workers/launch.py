@@ -26,6 +26,10 @@ class LaunchError(RuntimeError):
     """The run ended before it was complete; says which role, why, and where its log is."""
 
 
+class LaunchRefused(LaunchError):
+    """A role found input that it cannot use: starting it anew cannot help."""
+
+
 class Stopped(Exception):
     """A signal asked for the end."""
 
@@ -293,10 +297,12 @@ class Launch:
     def _failure(self, exit: Exit, what: str) -> LaunchError:
         lines = "".join(f"\n  | {line}" for line in exit.tail.splitlines())
         log = self.logs / f"{exit.name}.log"
-        resume = (
-            f"\nwhat is trained so far is kept; continue with: {self.again}" if log_path(self.config).exists() else ""
-        )
-        return LaunchError(f"{what} ({exit.how}); the end of {log}:{lines}{resume}")
+        refused, resume = is_refusal(exit), ""
+        if log_path(self.config).exists():
+            then = "once that is put right, continue with" if refused else "continue with"
+            resume = f"\nwhat is trained so far is kept; {then}: {self.again}"
+        kind = LaunchRefused if refused else LaunchError
+        return kind(f"{what} ({exit.how}); the end of {log}:{lines}{resume}")
 
     def _say(self, text: str, *, quiet: bool = False) -> None:
         with contextlib.suppress(OSError):  # a full disk ends the buffer, with its own error; not the launcher first

@@ -15,9 +15,11 @@ from engine.config import Config, ConfigError, dump_config
 from protocols import messages as m
 from protocols.ledger import Decided, Issue, Ledger, Pace, Score
 from protocols.log import GroupRow, Log
+from workers.continuity import continued_log
 from workers.intake import Intake
 from workers.metrics import MetricsWriter
 from workers.provenance import code_version
+from workers.reward_watch import RewardWatch
 
 FENCES_PER_START = 1 << 20
 """Each process that serves a run gives out fences of its own range, so a zombie of an earlier one is refused."""
@@ -40,6 +42,7 @@ class RunState:
         self.evals: list[dict[str, float]] = []
         self.next_group = 0
         self.said_fruitless = 0
+        self.rewards = RewardWatch(samples_per_group=config.buffer.samples_per_group, attempts=config.reward.attempts)
         self.log = self._open_log(resume)
         starts = sum(event.kind == "started" for event in self.log.events())
         self.event("started", "buffer", code_version())
@@ -58,8 +61,10 @@ class RunState:
         self.log.add_event(kind, worker, detail, time.time())
 
     def commit(self) -> None:
-        """Makes everything since the last time durable. Raises `LogError` (disk full, say); then nothing of it counts."""
+        """Makes everything since the last time durable. Raises `LogError` (disk full, say), then nothing of it counts;
+        or `RewardsBroken` after it."""
         self.log.commit()
+        self.rewards.check()
         self._end_evaluations()
 
     def close(self) -> None:
@@ -89,6 +94,8 @@ class RunState:
         refused = self.ledger.grade(worker, grade.group, grade.sample, grade.attempt, grade.verdict, grade.correct)
         if refused is None:
             self.log.add_grade(worker, grade, time.time())
+            if problem := self.rewards.saw(grade):
+                say(f"buffer: {problem}")
         return refused
 
     def step(self, commit: m.StepCommit) -> str | None:
@@ -253,7 +260,7 @@ class RunState:
     def _open_log(self, resume: bool) -> Log:
         path = self.config.run_dir / "rollouts.db"
         if resume and path.exists():
-            return Log.open(path, write=True)
+            return continued_log(path, self.config)
         if path.exists():
             raise ConfigError(f"{path}: exists already; continue it with --resume or choose another name")
         self.config.run_dir.mkdir(parents=True, exist_ok=True)

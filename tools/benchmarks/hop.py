@@ -159,7 +159,7 @@ def soak(folder: Path, minutes: float) -> Row:
 
 
 def show(rows: list[Row]) -> None:
-    table = Table(title="Producer to consumer's tensors: median (lowest to highest) in million tokens")
+    table = Table(title="Producer to consumer's tensors: median (lowest-highest) in million tokens")
     for column in ("response", "at once", "per", "Headrace", "TransferQueue", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     for found in rows:
@@ -175,7 +175,7 @@ def spread(found: Row, name: str) -> str:
     if name not in found:
         return ""
     middle, low, high = (float(found[name + end]) for end in ("", "_low", "_high"))
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+    return f"{middle:.1f} ({low:.1f}-{high:.1f})"
 
 
 def main(
