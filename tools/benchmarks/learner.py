@@ -7,6 +7,9 @@ can be compared). TRL's is its `compute_loss` and backward alone, on inputs prep
 own longest response (the trainer itself pads to the longest of all). Both must come to the same loss and gradient norm;
 how far they are apart is printed.
 
+Without Triton, so on a CPU, TRL 1.16 computes the output layer for prompt and padding positions too, and masks them after
+that; on a GPU it leaves them out. The ratios here hold for a CPU.
+
 Every measurement has a process of its own, ours and TRL's in turns. Memory is the peak of resident memory over what it was
 just before, with weights, gradient and (ours) AdamW's moments already resident: activations and whatever else is
 temporary. Our learner sets glibc's allocator by itself (see `engine.host_memory`); TRL's process has what glibc does.
