@@ -11,20 +11,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import field
 
+from engine.config_objectives import (
+    CollectObjective,
+    DapoObjective,
+    DecoupledCorrection,
+    IcepopCorrection,
+    LengthAdaptive,
+    NoCorrection,
+    Objective,
+    PpoObjective,
+    SftObjective,
+    TruncatedCorrection,
+    VapoObjective,
+    VcppoObjective,
+)
+from engine.config_section import ConfigError, Section
+from engine.config_tasks import (
+    ExactScore,
+    Extract,
+    JsonlTask,
+    MathVerifyScore,
+    PythonScore,
+    ReasoningGymScore,
+    ReasoningGymTask,
+    Task,
+)
 from protocols.messages import Sampling
 
-
-class ConfigError(ValueError):
-    """A config that cannot run; names the file, the key, what it got and what it expected."""
-
-
-class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """What all sections share: unknown keys are refused."""
-
-
-# --- the model -----------------------------------------------------------------------------------------------------
+__all__ = [
+    "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective", "DecoupledCorrection",
+    "EvalConfig", "ExactScore", "Extract", "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig",
+    "LengthAdaptive", "LevelOff", "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PathModel", "PpoObjective",
+    "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
+    "TorchEngine", "TruncatedCorrection", "VapoObjective", "VcppoObjective", "dump_config", "load_config", "parse_config",
+    "policy_folder",
+]  # fmt: skip
 
 
 class PathModel(Section, frozen=True, tag="path"):
@@ -43,115 +66,6 @@ class NewModel(Section, frozen=True, tag="new"):
     kv_heads: int = 2
     intermediate: int = 512
     context: int = 512
-
-
-# --- where prompts come from, and how answers are scored ------------------------------------------------------------
-
-
-class ReasoningGymScore(Section, frozen=True, tag="reasoning-gym"):
-    """The data set's own `score_answer`; correct at `threshold` or above."""
-
-    threshold: float = 1.0
-
-
-class MathVerifyScore(Section, frozen=True, tag="math-verify"):
-    """`math_verify` equivalence of the extracted answer with the row's answer."""
-
-
-class ExactScore(Section, frozen=True, tag="exact"):
-    """String equality after stripping white space."""
-
-
-class PythonScore(Section, frozen=True, tag="python"):
-    """A function of yours, `module:function`, called as `function(text, answer_row) -> bool | float | {"correct", "reward", ...parts}`."""
-
-    function: str
-
-
-Extract = Literal["whole", "first-line", "last-line", "answer-line", "boxed", "answer-tag", "hashes"]
-
-
-class ReasoningGymTask(Section, frozen=True, tag="reasoning-gym"):
-    """A procedural data set of reasoning-gym: `params` go to its config, rows are drawn from `seed`."""
-
-    dataset: str
-    params: dict[str, Any] = {}
-    size: int = 20_000
-    seed: int = 1
-    prompt: str = "{question}"
-    solution: str = "{answer}"
-    chat: bool = True
-    system: str | None = None
-    extract: Extract = "answer-line"
-    score: ReasoningGymScore | ExactScore | PythonScore = ReasoningGymScore()
-    held_out: int = 256
-    weight: float = 1.0
-
-
-class JsonlTask(Section, frozen=True, tag="jsonl"):
-    """Rows of a .jsonl or .jsonl.gz file. `prompt`, `solution` and `answer` are format strings over a row's fields
-    (dotted and indexed access allowed, as in `{reward_model[ground_truth]}`); `messages` names a field that already
-    holds chat messages and then replaces `prompt`."""
-
-    path: str
-    prompt: str = "{prompt}"
-    messages: str | None = None
-    solution: str | None = None
-    answer: str = "{answer}"
-    chat: bool = True
-    system: str | None = None
-    extract: Extract = "answer-line"
-    score: MathVerifyScore | ExactScore | PythonScore = MathVerifyScore()
-    held_out_path: str | None = None
-    held_out: int = 256
-    weight: float = 1.0
-
-
-Task = ReasoningGymTask | JsonlTask
-
-
-# --- what is trained -----------------------------------------------------------------------------------------------
-
-
-class NoCorrection(Section, frozen=True, tag="none"):
-    """The ratio is taken against the behaviour log-probabilities themselves (two policies, no extra pass)."""
-
-
-class DecoupledCorrection(Section, frozen=True, tag="decoupled"):
-    """Three policies (AReaL): clip against the recomputed policy of the step's start, weight by old / behaviour."""
-
-
-class TruncatedCorrection(Section, frozen=True, tag="truncated"):
-    """As decoupled, the weight truncated at `cap`, per token or per sequence."""
-
-    cap: float = 2.0
-    level: Literal["token", "sequence"] = "token"
-
-
-class IcepopCorrection(Section, frozen=True, tag="icepop"):
-    """As decoupled, tokens whose weight lies outside [low, high] are masked out."""
-
-    low: float = 0.5
-    high: float = 5.0
-
-
-class DapoObjective(Section, frozen=True, tag="dapo"):
-    """DAPO; GRPO is `clip_high = 0.2`, `loss = "sequence"` and `dynamic_sampling = false`."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float | None = None
-    normalize_std: bool = True
-    loss: Literal["token", "sequence"] = "token"
-    overlong_filter: bool = False
-    correction: NoCorrection | TruncatedCorrection | IcepopCorrection | DecoupledCorrection = TruncatedCorrection()
-
-
-class SftObjective(Section, frozen=True, tag="sft"):
-    """Maximum likelihood of the rows' solutions: the cold start."""
-
-
-Objective = DapoObjective | SftObjective
 
 
 # --- the roles -----------------------------------------------------------------------------------------------------
@@ -224,6 +138,34 @@ class LearnerConfig(Section, frozen=True):
     peer_timeout_s: float = 60.0
 
 
+class LevelOff(Section, frozen=True):
+    """Value pretraining ends when neither figure has moved by more than its tolerance between the means of the last two
+    windows of `window` measurements each: the value loss (relative) and the explained variance (absolute)."""
+
+    window: int = 5
+    loss: float = 0.02
+    explained_variance: float = 0.02
+
+
+class CriticConfig(Section, frozen=True):
+    """The value model: the policy's architecture with a value head, started from `path` (a critic's folder), or from the
+    policy with a head of zeros.
+
+    For the first `pretrain_steps` of a run only the critic is trained, with lambda 1, and the policy stays as it is;
+    with `level_off` this ends as soon as the critic has learnt what it can.
+    """
+
+    lr: float
+    path: str | None = None
+    warmup_steps: int = 0
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    value_clip: float | None = None
+    pretrain_steps: int = 0
+    level_off: LevelOff | None = None
+
+
 class EvalConfig(Section, frozen=True):
     """Accuracy on held-out prompts before, after and every `every` steps (0: only before and after)."""
 
@@ -243,12 +185,18 @@ class Config(Section, frozen=True):
     buffer: BufferConfig
     learner: LearnerConfig
     generator: GeneratorConfig | None = None
+    critic: CriticConfig | None = None
     reward: RewardConfig = RewardConfig()
     eval: EvalConfig = EvalConfig()
     cold_start: str | None = None
     seed: int = 0
     runs: str = "runs"
     source: str = field(default="", name="_source")
+
+    @property
+    def samples(self) -> bool:
+        """Whether generators make the responses; otherwise rows bring them."""
+        return self.generator is not None and not isinstance(self.objective, SftObjective)
 
     @property
     def run_dir(self) -> Path:

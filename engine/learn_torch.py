@@ -127,7 +127,7 @@ class TorchLearner:
 
     def _check(self, loss: float, where: str) -> float:
         """The gradient's global norm, when it and the loss are finite."""
-        norm = float(torch.linalg.vector_norm(self.optimizer.gradient))
+        norm = self.optimizer.norm()
         if math.isfinite(loss) and math.isfinite(norm):
             return norm
         bad = self.optimizer.non_finite()

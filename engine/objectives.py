@@ -81,6 +81,8 @@ def make_objective(config: Config) -> Objective:
             return Dapo(dapo, max_lag=config.buffer.max_lag)
         case SftObjective():
             return Sft()
+        case other:
+            raise ValueError(f"objective {other.__struct_config__.tag}: not trained by this learner")
 
 
 class Dapo:

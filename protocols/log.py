@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
+import xxhash
 
 from protocols.log_read import LogReader
 from protocols.log_rows import Event, GroupRow, Kind, Meta, OpenGroup, SampleState, Status, StepRow
@@ -145,11 +146,14 @@ class Log(LogReader):
             raise LogError(
                 f"{self.path}: got the commit of step {step}, expected step {expected} and that it is planned"
             )
+        config = str(self.query("SELECT value FROM meta WHERE key = 'config'")[0][0])
+        config_id = xxhash.xxh3_64_hexdigest(config.encode())
+        self._write("INSERT OR IGNORE INTO configs VALUES (?, ?)", (config_id, config), f"the config of step {step}")
         self._write(
-            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                step, commit.weights_hash, commit.code_version, commit.started_at, commit.finished_at, time.time(),
-                msgspec.json.encode(commit.metrics).decode(),
+                step, commit.weights_hash, commit.code_version, commit.started_at, commit.finished_at, time.time(), config_id,
+                msgspec.json.encode(commit.fingerprints).decode(), msgspec.json.encode(commit.metrics).decode(),
             ),
             f"step {step}",
         )  # fmt: skip

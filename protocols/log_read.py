@@ -155,6 +155,13 @@ class LogReader:
             last = page[-1][0]
             yield from map(_step, page)
 
+    def config(self, config_id: str) -> dict[str, Any]:
+        """A config that the run has had: `StepRow.config_id` names that of a step."""
+        found = self.query("SELECT config FROM configs WHERE id = ?", config_id)
+        if not found:
+            raise LogError(f"{self.path}: config {config_id} is not in the log")
+        return dict(json.loads(found[0][0]))
+
     def last_step(self) -> int:
         """The last committed step; 0 before the first."""
         return int(self.query("SELECT coalesce(max(step), 0) FROM steps")[0][0])
@@ -264,5 +271,5 @@ class LogReader:
 
 def _step(row: tuple[Any, ...]) -> StepRow:
     metrics = {name: math.nan if value is None else value for name, value in json.loads(row[-1]).items()}
-    values = [*row[:-1], metrics]
+    values = [*row[:-2], json.loads(row[-2]), metrics]
     return StepRow(*values)

@@ -59,6 +59,8 @@ class StepRow(Struct, frozen=True):
     started_at: float
     finished_at: float
     committed_at: float
+    config_id: str
+    fingerprints: dict[str, str]
     metrics: dict[str, float]
 
 

@@ -13,7 +13,9 @@ on; only the buffer writes. `PRAGMA application_id` is 0x48656164 ("Head"), `PRA
     final_grades  (view) the attempt that counts: the last graded one, else the last failure
     samples       (view) one row a response with its group and its final grade: the table to start from
     plan          which groups make which step, in training order; a group is in one step at most
-    steps         committed training steps: weights_hash, code_version, metrics (JSON), times
+    steps         committed training steps: weights_hash, fingerprints (JSON: of each weight), code_version, config_id,
+                  metrics (JSON), times
+    configs       every config that the run has had, by id
     events        who joined and left, what was refused
 
 Times are Unix seconds. `tokens` are int32 and `logprobs` float32, little endian; `versions` is JSON, runs of
@@ -34,7 +36,7 @@ from urllib.parse import quote
 
 import msgspec
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the tables below. A log of another version is refused, never converted."""
 
 APPLICATION = 0x48656164
@@ -118,8 +120,11 @@ CREATE TABLE steps (
     started_at REAL NOT NULL,
     finished_at REAL NOT NULL,
     committed_at REAL NOT NULL,
+    config_id TEXT NOT NULL REFERENCES configs,
+    fingerprints TEXT NOT NULL,         -- JSON: {weight: fingerprint} after the step
     metrics TEXT NOT NULL               -- JSON
 );
+CREATE TABLE configs (id TEXT PRIMARY KEY, config TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
     id INTEGER PRIMARY KEY,
     at REAL NOT NULL,

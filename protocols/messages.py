@@ -268,7 +268,10 @@ class Batch(Struct, frozen=True, tag="batch", eq=False):
 
 
 class StepCommit(Struct, frozen=True, tag="step_commit"):
-    """Learner rank 0 to buffer: `step` is trained. It counts once the buffer has committed and acknowledged this."""
+    """Learner rank 0 to buffer: `step` is trained. It counts once the buffer has committed and acknowledged this.
+
+    `fingerprints` are of every weight after the step by name (a critic's with the prefix `critic.`), and `weights_hash`
+    is of all of them."""
 
     step: int
     weights_hash: str
@@ -276,6 +279,7 @@ class StepCommit(Struct, frozen=True, tag="step_commit"):
     started_at: float
     finished_at: float
     metrics: dict[str, float]
+    fingerprints: dict[str, str] = {}
 
 
 class Announce(Struct, frozen=True, tag="announce"):

@@ -47,6 +47,7 @@ def step_commit(step: int, **metrics: float) -> m.StepCommit:
         started_at=1010.0,
         finished_at=1012.5,
         metrics=metrics,
+        fingerprints={"weight": f"print-{step}"},
     )
 
 

@@ -65,17 +65,22 @@ def test_steps_plans_and_what_a_restart_needs(tmp_path: Path) -> None:
         step = log.step(1)
         assert step is not None
         assert (step.weights_hash, step.metrics["loss"], math.isnan(step.metrics["bad"])) == ("hash-1", 0.5, True)
-        assert [s.step for s in log.steps()] == [1]
-        assert log.step(2) is None
+        assert (step.fingerprints, log.config(step.config_id)) == ({"weight": "print-1"}, {"steps": 2})
+        log.set_config({"steps": 3})
+        log.commit_step(step_commit(2))
+        assert [log.config(s.config_id) for s in log.steps()] == [{"steps": 2}, {"steps": 3}]
+        with pytest.raises(LogError, match="config nothing is not in the log"):
+            log.config("nothing")
+        assert log.step(3) is None
         assert {g.group: (g.status, g.step) for g in log.groups()} == {
-            0: ("trained", 1), 1: ("waiting", None), 2: ("trained", 1), 3: ("dropped", None), 9: ("waiting", None),
+            0: ("trained", 1), 1: ("trained", 2), 2: ("trained", 1), 3: ("dropped", None), 9: ("waiting", None),
         }  # fmt: skip
         (unfinished,) = log.unfinished()
         assert unfinished.row.group == 9
         assert [(s.sample, s.response_tokens, s.attempts) for s in unfinished.samples] == [
             (1, 5, [(0, "crash", False)])
         ]
-        assert log.counts()["train", "trained"] == (2, 4, 18)
+        assert log.counts()["train", "trained"] == (3, 6, 27)
 
 
 def test_nothing_is_counted_twice(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from learner_cases import GROUPS, make_batch, make_config, near_policy, same_bit
 
 from engine.learn_torch import TorchLearner
 from engine.models import named_weights
+from engine.optimizer import Optimizer
 
 
 def test_warm_up_is_linear_in_rollout_steps() -> None:
@@ -101,3 +102,11 @@ def test_same_data_gives_the_same_bits() -> None:
         results.append((metrics, weights_of(model)))
     assert results[0][0] == results[1][0]
     assert same_bits(results[0][1], results[1][1])
+
+
+def test_norm_of_a_large_gradient_is_exact() -> None:
+    optimizer = Optimizer({"w": torch.zeros(40_000_003)}, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer.gradient.fill_(1e-3)
+    optimizer.gradient[-1] = 2.0
+    exact = (40_000_002 * float(torch.tensor(1e-3)) ** 2 + 4.0) ** 0.5
+    assert optimizer.norm() == pytest.approx(exact, rel=1e-6)

@@ -16,19 +16,15 @@ from datetime import timedelta
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from engine.config import Config, dump_config, policy_folder
-from engine.learn_torch import TorchLearner
-from engine.models import load_model, named_weights, resolve_device
-from engine.packing import assign
-from engine.weights import Publisher, fingerprints, weights_hash
+from engine.config import Config
+from engine.models import named_weights, resolve_device
+from engine.weights import Publisher
 from protocols import messages as m
 from protocols.link import Client
-from workers.provenance import code_version
+from workers.trainer import Trained, Trainer
 
 ASK_AGAIN_S = 30.0
 """A plan that has not come is asked for again: a buffer that restarted has forgotten who asked."""
@@ -48,10 +44,6 @@ class Over(Exception):
 
 class Refused(RuntimeError):
     """The buffer refused something this learner said; nothing was counted."""
-
-
-class Diverged(RuntimeError):
-    """Re-training a logged step did not give the weights that the log names."""
 
 
 def run(config: Config, join: str) -> int:
@@ -83,13 +75,9 @@ class Learner:
     """See the module's docstring; `train()` is the one finite loop of the system."""
 
     def __init__(self, config: Config, client: Client, address: str, *, rank: int, world: int, device: str) -> None:
-        self.config, self.client, self.address, self.rank, self.world = config, client, address, rank, world
-        self.checkpoints = config.run_dir / "checkpoints"
-        self.folder = policy_folder(config)
-        self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
-        group = dist.group.WORLD if world > 1 else None
-        self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
-        self.start = self._resume()
+        self.config, self.client, self.address, self.rank = config, client, address, rank
+        self.trainer = Trainer(config, self, rank=rank, world=world, device=device)
+        self.start = self.trainer.resume(client.welcome.step)
         self.publisher: Publisher | None = None
         self.published_s = 0.0
         self.over: Over | None = None
@@ -101,23 +89,20 @@ class Learner:
         """Steps `start + 1` to the last, then stays until the buffer has seen the run through. Raises `Over`."""
         for step in range(self.start + 1, self.config.steps + 1):
             waited = time.monotonic()
-            plan = self._plan(step)
-            updates = self._pull(plan)
+            plan, updates = self.trainer.pull(step)
             wait_s = time.monotonic() - waited
             self.client.status(f"trains step {step}", version=step - 1)
-            started_at = time.time()
-            metrics = self.learner.step(step, updates)
-            finished_at = time.time()
-            metrics |= {"wait_s": wait_s, "train_s": finished_at - started_at}
+            trained = self.trainer.train(plan, updates, wait_s=wait_s)
             if self.rank == 0:
-                self._finish(plan, metrics, started_at, finished_at)
+                self._finish(trained)
         if self.rank == 0:
             self.client.status("waits for the closing evaluation", version=self.config.steps)
             self._wait(m.Goodbye, "the end of the run", DATA_TIMEOUT_S)
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def _plan(self, step: int) -> m.Plan:
+    def plan(self, step: int) -> m.Plan:
+        """Of the trainer's feed: waits until the buffer has the step's groups."""
         self.client.status(f"waits for the groups of step {step}", version=step - 1)
         deadline = time.monotonic() + DATA_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -127,61 +112,28 @@ class Learner:
                 return plan
         raise TimeoutError(f"learner: waited {DATA_TIMEOUT_S:.0f} s for the groups of step {step} from the buffer")
 
-    def _pull(self, plan: m.Plan) -> list[m.Batch]:
-        """This rank's share of every update of the step."""
-        shares = assign(plan.groups, updates=self.config.learner.updates_per_step, ranks=self.world)
-        batches = []
-        for share in shares:
-            groups = share[self.rank]
-            if not groups:
-                batches.append(empty_batch(plan.step))
-                continue
-            self.client.send(m.Pull(plan.step, groups))
-            batches.append(self._wait(m.Batch, f"groups of step {plan.step}", PULL_TIMEOUT_S))
-        return batches
+    def pull(self, step: int, groups: list[int]) -> m.Batch:
+        """Of the trainer's feed."""
+        self.client.send(m.Pull(step, groups))
+        return self._wait(m.Batch, f"groups of step {step}", PULL_TIMEOUT_S)
 
-    def _finish(self, plan: m.Plan, metrics: dict[str, float], started_at: float, finished_at: float) -> None:
+    def _finish(self, trained: Trained) -> None:
         """Commit, then publish, then checkpoint: what generators or a restart see is never ahead of the log."""
-        step, weights = plan.step, named_weights(self.model)
-        prints = fingerprints(weights)
-        digest = weights_hash(prints)
-        if plan.weights_hash is not None and plan.weights_hash != digest:
-            raise Diverged(
-                f"learner: re-trained step {step} to {digest}, the log has {plan.weights_hash}: "
-                "expected equal weights (same machine, thread count and code version?)"
-            )
+        plan, metrics = trained.plan, trained.commit.metrics
         if self.publisher is not None:
             spent = self.publisher.counters["publish_wait_s"] + self.publisher.counters["copy_s"]
             metrics["publish_s"], self.published_s = spent - self.published_s, spent
-        last = step == self.config.steps
+        last = plan.step == self.config.steps
         if last:  # before the commit that ends the run: a run that is complete has its last checkpoint
-            self._checkpoint(step, digest)
+            self.trainer.save(trained)
         if plan.weights_hash is None:
-            commit = m.StepCommit(step, digest, code_version(), started_at, finished_at, metrics)
-            self.client.send(commit)
+            self.client.send(trained.commit)
             self.client.flush(COMMIT_TIMEOUT_S)
             self._hear_refusal()
         if self.publisher is not None:
-            self.publisher.publish(step, weights, fingerprints=prints)
-        if step % self.config.learner.checkpoint_every == 0 and not last:
-            self._checkpoint(step, digest)
-
-    def _checkpoint(self, step: int, digest: str) -> None:
-        meta = {
-            "step": step,
-            "weights_hash": digest,
-            "code_version": code_version(),
-            "config": dump_config(self.config),
-        }
-        save_checkpoint(
-            self.checkpoints,
-            step,
-            model=self.model,
-            source_folder=self.folder,
-            optimizer=self.learner.optimizer_state(),
-            meta=meta,
-        )
-        prune_checkpoints(self.checkpoints, self.config.learner.keep_checkpoints)
+            self.publisher.publish(plan.step, named_weights(self.trainer.model), fingerprints=trained.policy)
+        if plan.step % self.config.learner.checkpoint_every == 0 and not last:
+            self.trainer.save(trained)
 
     def _wait(self, kind: type[T], what: str, timeout_s: float) -> T:
         """The next message of this kind. Raises `Over` at the buffer's goodbye, TimeoutError naming what it waited for."""
@@ -217,19 +169,6 @@ class Learner:
 
     # --- start -----------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> int:
-        """Loads the newest checkpoint of a step that the log holds, if any; returns its step."""
-        newest = latest_checkpoint(self.checkpoints, until=self.client.welcome.step)
-        if newest is None:
-            return 0
-        weights, optimizer, meta = load_checkpoint(newest)
-        with torch.no_grad():
-            for name, parameter in named_weights(self.model).items():
-                parameter.copy_(weights[name])
-        self.learner.load_optimizer_state(optimizer)
-        print(f"learner-{self.rank}: continues from {newest}", file=sys.stderr, flush=True)
-        return int(meta["step"])
-
     def _open_publisher(self, device: str) -> None:
         self.publisher = Publisher(
             reachable_host(self.address),
@@ -238,22 +177,13 @@ class Learner:
             peer_timeout_s=self.config.learner.peer_timeout_s,
         )
         self._announce()
-        self.publisher.publish(self.start, named_weights(self.model))
+        self.publisher.publish(self.start, named_weights(self.trainer.model))
 
     def _announce(self) -> None:
         """Once to every buffer: one that was started anew has forgotten where the weights are."""
         if self.publisher is not None and self.client.welcome is not self.announced_to:
             self.announced_to = self.client.welcome
             self.client.send(m.Announce(*self.publisher.address))
-
-
-def empty_batch(step: int) -> m.Batch:
-    """The share of a rank that has no group in an update; it takes part in the collectives all the same."""
-    ints, floats, bools = np.zeros(0, m.INT), np.zeros(0, m.FLOAT), np.zeros(0, m.BOOL)
-    return m.Batch(
-        step=step, groups=ints, prompt_lengths=ints, prompts=ints, sizes=ints, lengths=ints, tokens=ints,
-        logprobs=floats, versions=ints, rewards=floats, correct=bools, truncated=bools,
-    )  # fmt: skip
 
 
 def reachable_host(address: str) -> str:

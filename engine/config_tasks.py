@@ -1,0 +1,71 @@
+"""Where prompts come from, and how answers are scored."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import field
+
+from engine.config_section import Section
+
+
+class ReasoningGymScore(Section, frozen=True, tag="reasoning-gym"):
+    """The data set's own `score_answer`; correct at `threshold` or above."""
+
+    threshold: float = 1.0
+
+
+class MathVerifyScore(Section, frozen=True, tag="math-verify"):
+    """`math_verify` equivalence of the extracted answer with the row's answer."""
+
+
+class ExactScore(Section, frozen=True, tag="exact"):
+    """String equality after stripping white space."""
+
+
+class PythonScore(Section, frozen=True, tag="python"):
+    """A function of yours, `module:function`, called as `function(text, answer_row) -> bool | float | {"correct", "reward", ...parts}`."""
+
+    function: str
+
+
+Extract = Literal["whole", "first-line", "last-line", "answer-line", "boxed", "answer-tag", "hashes"]
+
+
+class ReasoningGymTask(Section, frozen=True, tag="reasoning-gym"):
+    """A procedural data set of reasoning-gym: `params` go to its config, rows are drawn from `seed`."""
+
+    dataset: str
+    params: dict[str, Any] = field(default_factory=dict)
+    size: int = 20_000
+    seed: int = 1
+    prompt: str = "{question}"
+    solution: str = "{answer}"
+    chat: bool = True
+    system: str | None = None
+    extract: Extract = "answer-line"
+    score: ReasoningGymScore | ExactScore | PythonScore = ReasoningGymScore()
+    held_out: int = 256
+    weight: float = 1.0
+
+
+class JsonlTask(Section, frozen=True, tag="jsonl"):
+    """Rows of a .jsonl or .jsonl.gz file. `prompt`, `solution` and `answer` are format strings over a row's fields
+    (dotted and indexed access allowed, as in `{reward_model[ground_truth]}`); `messages` names a field that already
+    holds chat messages and then replaces `prompt`."""
+
+    path: str
+    prompt: str = "{prompt}"
+    messages: str | None = None
+    solution: str | None = None
+    answer: str = "{answer}"
+    chat: bool = True
+    system: str | None = None
+    extract: Extract = "answer-line"
+    score: MathVerifyScore | ExactScore | PythonScore = MathVerifyScore()
+    held_out_path: str | None = None
+    held_out: int = 256
+    weight: float = 1.0
+
+
+Task = ReasoningGymTask | JsonlTask

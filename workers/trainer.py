@@ -1,0 +1,127 @@
+"""One learner rank without its surroundings: model, optimizer and checkpoints, trained step by step from a feed.
+
+A live learner (`workers/learner.py`) is fed by the buffer, a replay (`workers/replay.py`) by a stored log. Both train the
+same plans on the same groups in the same order, and so come to the same weights.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from engine.config import Config, dump_config, policy_folder
+from engine.learn_torch import TorchLearner
+from engine.models import load_model, named_weights
+from engine.packing import assign
+from engine.weights import fingerprints, weights_hash
+from protocols import messages as m
+from workers.provenance import code_version
+
+
+class Feed(Protocol):
+    """Where a rank's steps come from."""
+
+    def plan(self, step: int) -> m.Plan:
+        """The groups of a step, once they are ready."""
+        ...
+
+    def pull(self, step: int, groups: list[int]) -> m.Batch:
+        """Groups of the step's plan, in the order asked for."""
+        ...
+
+
+class Diverged(RuntimeError):
+    """Re-training a logged step did not give the weights that the log names."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A step that is trained: what is to be committed, and the fingerprints of the policy's weights."""
+
+    plan: m.Plan
+    commit: m.StepCommit
+    policy: dict[str, str]
+
+
+class Trainer:
+    """See the module's docstring."""
+
+    def __init__(self, config: Config, feed: Feed, *, rank: int, world: int, device: str) -> None:
+        """Raises `ConfigError` for a model that cannot be used."""
+        self.config, self.feed, self.rank, self.world = config, feed, rank, world
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.folder = policy_folder(config)
+        self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
+        group = dist.group.WORLD if world > 1 else None
+        self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
+
+    def resume(self, until: int) -> int:
+        """Loads the newest checkpoint of step `until` at most, if any; returns its step."""
+        newest = latest_checkpoint(self.checkpoints, until=until)
+        if newest is None:
+            return 0
+        weights, optimizer, meta = load_checkpoint(newest, like=named_weights(self.model))
+        with torch.no_grad():
+            for name, parameter in named_weights(self.model).items():
+                parameter.copy_(weights[name])
+        self.learner.load_optimizer_state(optimizer)
+        print(f"learner-{self.rank}: continues from {newest}", file=sys.stderr, flush=True)
+        return int(meta["step"])
+
+    def pull(self, step: int) -> tuple[m.Plan, list[m.Batch]]:
+        """The step's plan and this rank's share of every update."""
+        plan = self.feed.plan(step)
+        shares = assign(plan.groups, updates=self.config.learner.updates_per_step, ranks=self.world)
+        updates = [share[self.rank] for share in shares]
+        return plan, [self.feed.pull(step, groups) if groups else empty_batch(step) for groups in updates]
+
+    def train(self, plan: m.Plan, updates: list[m.Batch], *, wait_s: float) -> Trained:
+        """Trains one step; raises `Diverged` when the log has it with other weights, and trains nothing further."""
+        started_at = time.time()
+        metrics = self.learner.step(plan.step, updates)
+        finished_at = time.time()
+        metrics |= {"wait_s": wait_s, "train_s": finished_at - started_at}
+        policy = fingerprints(named_weights(self.model))
+        digest = weights_hash(policy)
+        if plan.weights_hash is not None and plan.weights_hash != digest:
+            raise Diverged(
+                f"learner: re-trained step {plan.step} to {digest}, the log has {plan.weights_hash}: "
+                "expected equal weights (same machine, thread count and code version?)"
+            )
+        commit = m.StepCommit(plan.step, digest, code_version(), started_at, finished_at, metrics, policy)
+        return Trained(plan, commit, policy)
+
+    def save(self, trained: Trained) -> None:
+        """Writes the step's checkpoint and removes old ones."""
+        step = trained.plan.step
+        meta = {
+            "step": step,
+            "weights_hash": trained.commit.weights_hash,
+            "code_version": code_version(),
+            "config": dump_config(self.config),
+        }
+        save_checkpoint(
+            self.checkpoints,
+            step,
+            model=self.model,
+            source_folder=self.folder,
+            optimizer=self.learner.optimizer_state(),
+            meta=meta,
+        )
+        prune_checkpoints(self.checkpoints, self.config.learner.keep_checkpoints)
+
+
+def empty_batch(step: int) -> m.Batch:
+    """The share of a rank that has no group in an update; it takes part in the collectives all the same."""
+    ints, floats, bools = np.zeros(0, m.INT), np.zeros(0, m.FLOAT), np.zeros(0, m.BOOL)
+    return m.Batch(
+        step=step, groups=ints, prompt_lengths=ints, prompts=ints, sizes=ints, lengths=ints, tokens=ints,
+        logprobs=floats, versions=ints, rewards=floats, correct=bools, truncated=bools,
+    )  # fmt: skip
