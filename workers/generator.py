@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 
 from engine.adopt_weights import WeightsRefused
-from engine.config import Config, ConfigError, policy_folder
+from engine.config import Config, ConfigError, TorchEngine, policy_folder
 from engine.generate_torch import TicketRefused, TorchGenerator
 from engine.models import load_model, resolve_device
 from engine.text import TextModel
@@ -70,6 +70,8 @@ def _engine(config: Config) -> tuple[TorchGenerator, str]:
     settings = config.generator
     if settings is None:
         raise ConfigError(f"{config.source}: it has no [generator] section, so this run has no use for a generator")
+    if not isinstance(settings.engine, TorchEngine):
+        raise ConfigError(f"{config.source}: generator.engine: only torch is in this build")
     torch.set_num_threads(settings.threads)
     device, folder = resolve_device(settings.device), policy_folder(config)
     text = TextModel.load(folder)
