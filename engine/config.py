@@ -32,6 +32,7 @@ from engine.config_tasks import (
     ExactScore,
     Extract,
     JsonlTask,
+    LogTask,
     MathVerifyScore,
     PythonScore,
     ReasoningGymScore,
@@ -43,10 +44,10 @@ from protocols.messages import Sampling
 __all__ = [
     "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective", "DecoupledCorrection",
     "EvalConfig", "ExactScore", "Extract", "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig",
-    "LengthAdaptive", "LevelOff", "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PathModel", "PpoObjective",
-    "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
-    "TorchEngine", "TruncatedCorrection", "VapoObjective", "VcppoObjective", "VllmEngine", "dump_config", "load_config",
-    "parse_config", "policy_folder",
+    "LengthAdaptive", "LevelOff", "LogTask", "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong",
+    "PathModel", "PpoObjective", "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
+    "TorchEngine", "TruncatedCorrection", "VapoObjective", "VcppoObjective", "VllmEngine", "apply_override",
+    "dump_config", "load_config", "parse_config", "policy_folder",
 ]  # fmt: skip
 
 
@@ -193,7 +194,7 @@ class Config(Section, frozen=True):
     name: str
     steps: int
     model: PathModel | NewModel
-    tasks: list[Task]
+    tasks: list[Task | LogTask]
     objective: Objective
     buffer: BufferConfig
     learner: LearnerConfig
@@ -209,7 +210,12 @@ class Config(Section, frozen=True):
     @property
     def samples(self) -> bool:
         """Whether generators make the responses; otherwise rows bring them."""
-        return self.generator is not None and not isinstance(self.objective, SftObjective)
+        return self.generator is not None and not self.offline and not isinstance(self.objective, SftObjective)
+
+    @property
+    def offline(self) -> bool:
+        """Whether the training data are rollouts of stored logs."""
+        return any(isinstance(task, LogTask) for task in self.tasks)
 
     @property
     def run_dir(self) -> Path:
@@ -227,7 +233,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for override in overrides or []:
-        _apply(data, override)
+        apply_override(data, override)
     return parse_config(data, str(path))
 
 
@@ -246,8 +252,9 @@ def dump_config(config: Config) -> dict[str, Any]:
     return data
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Sets one value; a number in the key is a place in a list, as in `tasks.0.path`."""
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one value of `section.key=TOML value` in plain data; a number in the key is a place in a list, as in
+    `tasks.0.path`. Raises `ConfigError`."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--set {override!r}: expected section.key=value")

@@ -68,4 +68,18 @@ class JsonlTask(Section, frozen=True, tag="jsonl"):
     weight: float = 1.0
 
 
+class LogTask(Section, frozen=True, tag="log"):
+    """Rollouts of earlier runs as training data: `path` names one or more logs (`rollouts.db` or the folder of a run).
+
+    Groups of one of `status` are drawn with their responses, log-probabilities and grades; with `dynamic_sampling` only
+    those that are neither all right nor all wrong. Beside logs, tasks of other types give their held-out prompts alone.
+    """
+
+    path: str | list[str]
+    status: list[Literal["trained", "dropped", "waiting"]] = field(default_factory=lambda: ["trained", "dropped"])
+    dynamic_sampling: bool = True
+    weight: float = 1.0
+
+
 Task = ReasoningGymTask | JsonlTask
+"""What has prompts and can be scored."""

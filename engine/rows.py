@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import xxhash
 from msgspec import Struct
@@ -43,6 +44,11 @@ class Row(Struct, frozen=True):
     def key(self) -> str:
         """Equal for equal prompts, whatever their task."""
         return prompt_key(self.prompt)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """What a log keeps as the text of a prompt: the text itself, or the messages as JSON."""
+    return prompt if isinstance(prompt, str) else msgspec.json.encode(prompt).decode()
 
 
 def prompt_key(prompt: Prompt) -> str:

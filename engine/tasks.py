@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from engine.config import JsonlTask, ReasoningGymTask, Task
+from engine.config import JsonlTask, LogTask, ReasoningGymTask, Task
 from engine.fields import TaskError
 from engine.rows import JsonlRows, ReasoningGymRows, Row
+from engine.stored import LogRows, StoredGroup
 
-__all__ = ["Row", "Source", "TaskError", "held_out", "named_tasks"]
+__all__ = ["LogSource", "Row", "Source", "StoredGroup", "TaskError", "held_out", "named_tasks", "prompt_tasks"]
 
 BLOCK = 1000
 """A mixture keeps its weights within each block of this many rows."""
@@ -24,10 +25,16 @@ BLOCK = 1000
 _EPOCHS, _MIXTURE, _HELD_OUT = range(3)
 
 
-def named_tasks(tasks: Sequence[Task]) -> dict[str, Task]:
-    """The tasks by the name that rows and grade requests carry: the data set's or the file's, numbered where it repeats."""
+def prompt_tasks(tasks: Sequence[Task | LogTask]) -> list[Task]:
+    """Those that have prompts of their own and can be scored: all but stored logs."""
+    return [task for task in tasks if not isinstance(task, LogTask)]
+
+
+def named_tasks(tasks: Sequence[Task | LogTask]) -> dict[str, Task]:
+    """The tasks that can be scored by the name that rows and grade requests carry: the data set's or the file's, numbered
+    where it repeats."""
     named: dict[str, Task] = {}
-    for task in tasks:
+    for task in prompt_tasks(tasks):
         name = task.dataset if isinstance(task, ReasoningGymTask) else Path(task.path).name.removesuffix(".gz")
         name = name.removesuffix(".jsonl")
         count = 1 + sum(known.rpartition("#")[0] == name or known == name for known in named)
@@ -35,33 +42,76 @@ def named_tasks(tasks: Sequence[Task]) -> dict[str, Task]:
     return named
 
 
+class Order:
+    """Which row of which table stands at an index of the endless stream: each table's rows in an order that is shuffled
+    anew every epoch, the tables mixed by weight."""
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        """Raises `TaskError` for weights that cannot be used."""
+        self._sizes, self._seed = sizes, seed % 2**64
+        self.quotas = _quotas(weights)
+        self._mixture: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """(table, row) at `index` >= 0."""
+        if index < 0:
+            raise IndexError(f"source index {index}: expected at least 0")
+        table, local = self._place(index)
+        epoch, position = divmod(local, self._sizes[table])
+        return table, int(self._epoch(table, epoch)[position])
+
+    def shuffled(self, n: int, *key: int) -> np.ndarray:
+        """A permutation of 0..n-1, a function of the seed and the key."""
+        generator = np.random.PCG64(np.random.SeedSequence([self._seed, *key]))
+        return np.argsort(generator.random_raw(n), kind="stable")
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which table, and the how manyth of its rows."""
+        if len(self.quotas) == 1:
+            return 0, index
+        block, position = divmod(index, sum(self.quotas))
+        if self._mixture is None or self._mixture[0] != block:
+            of_table = np.repeat(np.arange(len(self.quotas)), self.quotas)[self.shuffled(BLOCK, _MIXTURE, block)]
+            ranks = np.empty(BLOCK, dtype=np.int64)
+            for table, quota in enumerate(self.quotas):
+                ranks[of_table == table] = np.arange(quota)
+            self._mixture = block, of_table, ranks
+        _, of_table, ranks = self._mixture
+        table = int(of_table[position])
+        return table, block * self.quotas[table] + int(ranks[position])
+
+    def _epoch(self, table: int, epoch: int) -> np.ndarray:
+        known = self._orders.get(table)
+        if known is None or known[0] != epoch:
+            known = self._orders[table] = epoch, self.shuffled(self._sizes[table], _EPOCHS, table, epoch)
+        return known[1]
+
+
 class Source:
-    """Training rows by index, without end: each task's rows in an order that is shuffled anew every epoch, the tasks
-    mixed by weight. Prompts in any task's held-out pool are left out of all tasks."""
+    """Training rows by index, without end, in the order of `Order`. Prompts in any task's held-out pool are left out of
+    all tasks."""
 
     def __init__(self, tasks: Sequence[Task], seed: int) -> None:
         """Reads the files. Raises `TaskError` for a row, a data set or weights that cannot be used."""
         if not tasks:
             raise TaskError("tasks: got none, expected at least one")
-        named = named_tasks(tasks)
-        self._seed = seed % 2**64
-        self._quotas = _quotas([task.weight for task in tasks])
-        self._rows = [_open(task, name) for name, task in named.items()]
+        self._rows = [_open(task, name) for name, task in named_tasks(tasks).items()]
         self._pools = _distinct_pools(self._rows)
         keys = frozenset(row.key for pool in self._pools for row in pool)
         for rows in self._rows:
             rows.exclude(keys)
-        self._mixture: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._order = Order([len(rows) for rows in self._rows], [task.weight for task in tasks], seed)
 
     def __getitem__(self, index: int) -> Row:
         """The row at `index` >= 0."""
-        if index < 0:
-            raise IndexError(f"source index {index}: expected at least 0")
-        task, local = self._place(index)
-        epoch, position = divmod(local, len(self._rows[task]))
-        row = self._rows[task][int(self._order(task, epoch)[position])]
-        return msgspec.structs.replace(row, index=index)
+        task, place = self._order[index]
+        return msgspec.structs.replace(self._rows[task][place], index=index)
+
+    @property
+    def pool(self) -> list[Row]:
+        """Every held-out row."""
+        return [row for pool in self._pools for row in pool]
 
     def held_out(self, n: int) -> list[Row]:
         """`n` rows with distinct prompts from the held-out pools, shared out by the tasks' weights as far as those reach.
@@ -69,42 +119,35 @@ class Source:
         sizes = [len(pool) for pool in self._pools]
         if n > sum(sizes):
             raise TaskError(f"eval.prompts: got {n}, expected at most {sum(sizes)} (the tasks' held_out)")
-        taken = [0] * len(sizes)
+        taken, quotas = [0] * len(sizes), self._order.quotas
         while sum(taken) < n:  # one row at a time to the task that is furthest behind its weight
             open_tasks = [task for task, size in enumerate(sizes) if taken[task] < size]
-            taken[min(open_tasks, key=lambda task: (taken[task] + 1) / self._quotas[task])] += 1
+            taken[min(open_tasks, key=lambda task: (taken[task] + 1) / quotas[task])] += 1
         chosen = [
             pool[place]
             for task, (pool, count) in enumerate(zip(self._pools, taken, strict=True))
-            for place in self._shuffled(len(pool), _HELD_OUT, task)[:count]
+            for place in self._order.shuffled(len(pool), _HELD_OUT, task)[:count]
         ]
         return [msgspec.structs.replace(row, index=index) for index, row in enumerate(chosen)]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Which task, and the how manyth of its rows."""
-        if len(self._quotas) == 1:
-            return 0, index
-        block, position = divmod(index, sum(self._quotas))
-        if self._mixture is None or self._mixture[0] != block:
-            of_task = np.repeat(np.arange(len(self._quotas)), self._quotas)[self._shuffled(BLOCK, _MIXTURE, block)]
-            ranks = np.empty(BLOCK, dtype=np.int64)
-            for task, quota in enumerate(self._quotas):
-                ranks[of_task == task] = np.arange(quota)
-            self._mixture = block, of_task, ranks
-        _, of_task, ranks = self._mixture
-        task = int(of_task[position])
-        return task, block * self._quotas[task] + int(ranks[position])
 
-    def _order(self, task: int, epoch: int) -> np.ndarray:
-        known = self._orders.get(task)
-        if known is None or known[0] != epoch:
-            known = self._orders[task] = epoch, self._shuffled(len(self._rows[task]), _EPOCHS, task, epoch)
-        return known[1]
+class LogSource:
+    """Stored groups by index, without end, in the order of `Order`; the logs are read as they are asked for."""
 
-    def _shuffled(self, n: int, *key: int) -> np.ndarray:
-        """A permutation of 0..n-1, a function of the seed and the key."""
-        generator = np.random.PCG64(np.random.SeedSequence([self._seed, *key]))
-        return np.argsort(generator.random_raw(n), kind="stable")
+    def __init__(self, tasks: Sequence[Task | LogTask], seed: int, *, without: frozenset[str] = frozenset()) -> None:
+        """Finds what the logs have; `without` are prompts' texts that are never drawn. Raises `TaskError`."""
+        logs = [task for task in tasks if isinstance(task, LogTask)]
+        self.tables = [LogRows(task, without=without) for task in logs]
+        self._order = Order([len(table) for table in self.tables], [task.weight for task in logs], seed)
+
+    def __getitem__(self, index: int) -> StoredGroup:
+        """The group at `index` >= 0. Raises `TaskError` when its log is damaged."""
+        table, place = self._order[index]
+        return self.tables[table][place]
+
+    def close(self) -> None:
+        for table in self.tables:
+            table.close()
 
 
 def held_out(tasks: Sequence[Task], n: int, seed: int) -> list[Row]:

@@ -17,7 +17,7 @@ import xxhash
 
 from protocols.log_read import LogReader
 from protocols.log_rows import Event, GroupRow, Kind, Meta, OpenGroup, SampleState, Status, StepRow
-from protocols.log_schema import SCHEMA, AlreadyLogged, LogError, connect, lock_writer, make
+from protocols.log_schema import SCHEMA, AlreadyLogged, LogError, connect, hold_still, lock_writer, make
 from protocols.messages import FLOAT, INT, Grade, Rollout, StepCommit
 
 __all__ = [
@@ -60,6 +60,19 @@ class Log(LogReader):
             return cls(path, connect(path, write=True), lock)
         except BaseException:
             lock.close()
+            raise
+
+    @classmethod
+    def open_still(cls, path: str | Path) -> Log:
+        """An existing log to read, whose folder stays as it is: where nobody writes it, nobody can until this is closed.
+        Raises `LogError`."""
+        path = Path(path)
+        still, lock = hold_still(path)
+        try:
+            return cls(path, connect(path, write=False, still=still), lock)
+        except BaseException:
+            if lock is not None:
+                lock.close()
             raise
 
     def close(self) -> None:

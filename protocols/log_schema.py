@@ -162,8 +162,26 @@ def lock_writer(path: Path) -> BinaryIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise LogError(f"{path}: another process writes this log; expected one writer") from error
+        raise LogError(f"{path}: another process writes this log, or replays it; expected one writer") from error
     return file
+
+
+def hold_still(path: Path) -> tuple[bool, BinaryIO | None]:
+    """Whether nobody writes a log and all of it is in the database, so that it can be read without files beside it; and
+    the lock file that keeps writers away until it is closed."""
+    lock, wal = path.with_name(path.name + ".writer"), path.with_name(path.name + "-wal")
+    file: BinaryIO | None = None
+    try:
+        if lock.is_file():  # a log that was copied without it has no writer
+            file = lock.open("rb")
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not wal.exists() or wal.stat().st_size == 0:
+            return True, file
+    except OSError:
+        pass
+    if file is not None:
+        file.close()
+    return False, None
 
 
 def make(path: Path, *, run: str, config: dict[str, Any], code_version: str) -> None:
@@ -196,11 +214,12 @@ def make(path: Path, *, run: str, config: dict[str, Any], code_version: str) -> 
     _sync_folder(path.parent)
 
 
-def connect(path: Path, *, write: bool) -> sqlite3.Connection:
-    """An open log, checked before anything is written. Raises `LogError` for what is no log of this schema."""
+def connect(path: Path, *, write: bool, still: bool = False) -> sqlite3.Connection:
+    """An open log, checked before anything is written. `still`: nobody will write it meanwhile, so that SQLite needs no
+    files beside it. Raises `LogError` for what is no log of this schema."""
     if not path.is_file():
         raise LogError(f"{path}: no such log; expected the rollouts.db of a run")
-    reader = _open(path, "ro")
+    reader = _open(path, "mode=ro&immutable=1" if still else "mode=ro")
     try:
         _check(path, reader)
     except BaseException:
@@ -210,7 +229,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
         reader.execute("PRAGMA query_only = ON")
         return reader
     reader.close()
-    writer = _open(path, "rw")
+    writer = _open(path, "mode=rw")
     for pragma in (
         "synchronous = FULL",
         "foreign_keys = ON",
@@ -222,10 +241,14 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     return writer
 
 
-def _open(path: Path, mode: str) -> sqlite3.Connection:
+def uri(path: Path, how: str) -> str:
+    """The address of a database for SQLite."""
+    return f"file:{quote(str(path.resolve()))}?{how}"
+
+
+def _open(path: Path, how: str) -> sqlite3.Connection:
     try:
-        uri = f"file:{quote(str(path.resolve()))}?mode={mode}"
-        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_S)
+        return sqlite3.connect(uri(path, how), uri=True, isolation_level=None, timeout=BUSY_S)
     except sqlite3.Error as error:
         raise LogError(f"{path}: cannot be opened: {error}") from error
 

@@ -23,12 +23,13 @@ from engine.config import (
     load_config,
 )
 from engine.tasks import named_tasks
+from workers.contradictions_offline import offline
 from workers.model_shape import ModelShape, model_shape, starting_model
 
 
 def errors(config: Config) -> list[str]:
     """Every contradiction in the config, in the order of its sections."""
-    found = [*_ranges(config), *_run(config), *_tasks(config), *_buffer(config), *_lengths(config)]
+    found = [*_ranges(config), *_run(config), *_tasks(config), *_buffer(config), *_lengths(config), *offline(config)]
     if isinstance(config.objective, DapoObjective):
         found += [*_dapo(config, config.objective), *_overlong(config)]
     elif unsolved := [name for name, task in named_tasks(config.tasks).items() if _no_solution(task)]:
@@ -190,7 +191,7 @@ def _lengths(config: Config) -> Iterator[str]:
 
 def _dapo(config: Config, objective: DapoObjective) -> Iterator[str]:
     samples = config.buffer.samples_per_group
-    if config.generator is None:
+    if config.generator is None and not config.offline:
         yield 'objective.type = "dapo" trains on samples, and there is no [generator]'
     if samples == 1 and config.buffer.dynamic_sampling:
         yield (

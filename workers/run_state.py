@@ -132,13 +132,13 @@ class RunState:
         room = self.ledger.room()
         appetite = self.ledger.appetite() if self.intake.kind == "train" else room
         while room > 0 and appetite > 0:
-            row, rollout = self.intake.train(self.next_group, min_version=self.ledger.min_version())
-            self._enter(row)
-            if rollout is not None:
-                grade = m.Grade(row.group, 0, 0, "graded", correct=True, reward=1.0)
-                self.log.add_rollout("source", rollout, row.issued_at)
-                self.log.add_grade("source", grade, row.issued_at)
-            room, appetite = room - 1, appetite - row.samples
+            entry = self.intake.train(self.next_group, min_version=self.ledger.min_version())
+            self._enter(entry.row)
+            for rollout in entry.rollouts:
+                self.log.add_rollout(entry.origin, rollout, entry.row.issued_at)
+            for grade in entry.grades:
+                self.log.add_grade(entry.origin, grade, entry.row.issued_at)
+            room, appetite = room - 1, appetite - entry.row.samples
         for problem in self.intake.skipped:
             self.event("skipped", "source", problem)
         self.intake.skipped.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -53,11 +54,14 @@ class Trained:
 class Trainer:
     """See the module's docstring."""
 
-    def __init__(self, config: Config, feed: Feed, *, rank: int, world: int, device: str) -> None:
-        """Raises `ConfigError` for a model that cannot be used."""
+    def __init__(
+        self, config: Config, feed: Feed, *, rank: int, world: int, device: str, folder: Path | None = None
+    ) -> None:
+        """`folder`: where the model is read, in place of where the config says. Raises `ConfigError` for a model that
+        cannot be used."""
         self.config, self.feed, self.rank, self.world = config, feed, rank, world
         self.checkpoints = config.run_dir / "checkpoints"
-        self.folder = policy_folder(config)
+        self.folder = folder or policy_folder(config)
         self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
         group = dist.group.WORLD if world > 1 else None
         self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
@@ -76,9 +80,10 @@ class Trainer:
         return int(meta["step"])
 
     def pull(self, step: int) -> tuple[m.Plan, list[m.Batch]]:
-        """The step's plan and this rank's share of every update."""
+        """The step's plan and this rank's share of every update; a plan of fewer groups makes fewer updates."""
         plan = self.feed.plan(step)
-        shares = assign(plan.groups, updates=self.config.learner.updates_per_step, ranks=self.world)
+        updates_of_step = min(self.config.learner.updates_per_step, len(plan.groups))
+        shares = assign(plan.groups, updates=updates_of_step, ranks=self.world)
         updates = [share[self.rank] for share in shares]
         return plan, [self.feed.pull(step, groups) if groups else empty_batch(step) for groups in updates]
 
