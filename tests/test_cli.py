@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -143,13 +144,35 @@ def test_what_a_log_holds_is_shown_and_exported(folder: Path) -> None:
     assert (folder / "rows-out.jsonl").read_text().count("\n") > 5
 
 
-def test_a_damaged_log_is_a_failure_not_a_traceback(folder: Path) -> None:
-    (folder / "runs" / "trial").mkdir(parents=True)
-    (folder / "runs" / "trial" / "rollouts.db").write_bytes(b"not a database" * 100)
-    found = headrace(folder, "report", "trial")
-    assert found.returncode == 1
-    assert found.stderr.startswith("headrace: runs/trial/rollouts.db: ")
-    assert "Traceback" not in found.stderr
+def damage(path: Path) -> None:
+    path.write_bytes(b"not a database" * 100)
+
+
+def age(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+
+
+@pytest.mark.parametrize(("spoil", "expected"), [(damage, "not a database"), (age, "got schema version 1, expected")])
+def test_a_log_that_cannot_be_used_has_the_same_exit_code_everywhere(
+    with_model: Path, spoil: Callable[[Path], None], expected: str
+) -> None:
+    small_run(with_model / "runs" / "trial")
+    spoil(with_model / "runs" / "trial" / "rollouts.db")
+    for arguments in (
+        ("show", "trial"),
+        ("status", "trial"),
+        ("report", "trial"),
+        ("export", "trial", "rows-out.jsonl"),
+        ("buffer", "trial.toml", "--resume"),
+        ("launch", "--no-view", "trial.toml", "--resume"),
+    ):
+        found = headrace(with_model, *arguments)
+        assert found.returncode == 2, (arguments, found.stderr)
+        assert "headrace: runs/trial/rollouts.db: " in found.stderr
+        assert expected in found.stderr
+        assert "Traceback" not in found.stderr
 
 
 def test_a_buffer_loads_no_torch_and_tells_its_status(buffer: subprocess.Popen[str], with_model: Path) -> None:
@@ -190,5 +213,5 @@ def test_a_worker_that_finds_no_buffer_says_what_it_waited_for(folder: Path) -> 
     (folder / "runs" / "trial").mkdir(parents=True)
     (folder / "runs" / "trial" / "address").write_text("tcp://127.0.0.1:9\n")
     found = headrace(folder, "status", "trial")
-    assert found.returncode == 1
+    assert found.returncode == 2
     assert "runs/trial/rollouts.db: no such log" in found.stderr

@@ -1,11 +1,12 @@
 """The command line. Each command imports what it needs, so that `headrace --help` is quick and the buffer's process
 never loads torch.
 
-Exit codes: 0 done; 1 a failure while running; 2 input that cannot be used; 130 Ctrl-C.
+Exit codes: 0 done; 1 a failure while running; 2 input that cannot be used, or a full disk; 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 
 from engine.config import Config, ConfigError, load_config
+from workers.last_words import KEY, out_of_space, say_last_words
 from workers.tether import die_with_parent
 
 app = typer.Typer(
@@ -203,11 +205,10 @@ def _address(config: Config) -> str:
 
 BAD_INPUT = {
     "ConfigError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged",
-    "LaunchRefused", "RewardsBroken",
+    "LaunchRefused", "LogError", "RewardsBroken",
 }  # fmt: skip
 """Starting again cannot help: exit code 2."""
 FAILURES = {
-    "LogError",
     "LinkError",
     "LaunchError",
     "MetricsError",
@@ -222,8 +223,9 @@ FAILURES = {
 def main() -> None:
     """The console script. Known errors are one line on stderr; HEADRACE_TRACEBACK=1 shows where they came from."""
     code = _run()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log file on a full disk takes nothing more
+            stream.flush()
     # Not sys.exit: native threads of a process group that broke may abort in the interpreter's teardown, and would turn
     # the code that says what happened into that of a crash.
     os._exit(code)
@@ -238,13 +240,26 @@ def _run() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        names = {kind.__name__ for kind in type(error).__mro__}
+        return _failed(error)
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    """Says what happened; returns the exit code. A disk that is full is like bad input: it stays so until somebody acts."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    full = out_of_space(error)
+    text = f"headrace: {error}"
+    if full and "LaunchError" not in names:
+        then = "" if KEY in os.environ else ", then continue with `headrace launch CONFIG --resume`"
+        text += f"; free space there{then}"
+    if hopeless := full or bool(names & BAD_INPUT):
+        say_last_words(text)
+    with contextlib.suppress(OSError):  # the same full disk may hold the log that this goes to
         if not names & (BAD_INPUT | FAILURES) or os.environ.get("HEADRACE_TRACEBACK"):
             traceback.print_exc()
         else:
-            print(f"headrace: {error}", file=sys.stderr, flush=True)
-        return 2 if names & BAD_INPUT else 1
-    return 0
+            print(text, file=sys.stderr, flush=True)
+    return 2 if hopeless else 1
 
 
 if __name__ == "__main__":

@@ -11,42 +11,18 @@ import sys
 import time
 from types import FrameType
 
-from msgspec import Struct
-
 from engine.config import Config, ConfigError, NewModel, load_config
 from workers.check import refuse
+from workers.last_words import out_of_space
+from workers.launch_errors import LaunchError, LaunchRefused, Stopped, no_room, role_failure
 from workers.metrics import read_metrics
-from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_of, role_threads, roles, visible_gpus
+from workers.restarts import Again, GivenUp, Patience, Restarts
+from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_threads, roles, visible_gpus
 from workers.run_folder import complete, log_path, own, snapshot, trained
 from workers.supervise import Exit, Supervisor
 from workers.view import View
 
-
-class LaunchError(RuntimeError):
-    """The run ended before it was complete; says which role, why, and where its log is."""
-
-
-class LaunchRefused(LaunchError):
-    """A role found input that it cannot use: starting it anew cannot help."""
-
-
-class Stopped(Exception):
-    """A signal asked for the end."""
-
-
-class Patience(Struct, frozen=True):
-    """How long the launcher waits, in seconds, and how often it starts a role anew."""
-
-    model_s: float = 600.0
-    address_s: float = 180.0
-    leave_s: float = 15.0
-    checkpoint_s: float = 600.0
-    """For the learner to write its last checkpoint after the run's end."""
-    term_s: float = 15.0
-    attempts: int = 5
-    backoff_s: float = 1.0
-    healthy_s: float = 300.0
-    """A role that lived this long has its attempts back."""
+__all__ = ["LaunchError", "LaunchRefused", "Patience", "launch"]
 
 
 def launch(
@@ -83,10 +59,21 @@ def launch(
     if resume and not log_path(config).exists():
         print(f"headrace: {config.run_dir} holds no run yet; it starts from the beginning", flush=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with (config.run_dir / "launch.lock").open("a+") as lock:
-        own(lock, config.run_dir)
-        run = Launch(config, path, overrides, command=command, patience=patience or Patience(), live=live)
-        return run.run()
+    try:
+        with (config.run_dir / "launch.lock").open("a+") as lock:
+            own(lock, config.run_dir)
+            run = Launch(config, path, overrides, command=command, patience=patience or Patience(), live=live)
+            return run.run()
+    except OSError as error:
+        if not out_of_space(error):
+            raise
+        raise no_room(error, config.run_dir, command_again(path, overrides)) from error
+
+
+def command_again(path: str, overrides: list[str]) -> str:
+    """The command line that continues a run."""
+    options = [part for override in overrides for part in ("--set", override)]
+    return shlex.join(["headrace", "launch", path, *options, "--resume"])
 
 
 class Launch:
@@ -104,7 +91,7 @@ class Launch:
     ) -> None:
         self.config, self.patience, self.live = config, patience, live
         self.overrides = [part for override in overrides for part in ("--set", override)]
-        self.again = shlex.join(["headrace", "launch", path, *self.overrides, "--resume"])
+        self.again = command_again(path, overrides)
         self.command = command
         self.logs = config.run_dir / "logs"
         self.supervisor = Supervisor(self.logs)
@@ -114,10 +101,7 @@ class Launch:
         self.address = ""
         self.view: View | None = None
         self.signals: list[int] = []
-        self.attempts: dict[str, int] = {}
-        self.due: dict[str, float] = {}
-        self.lost: set[str] = set()
-        self.left: set[str] = set()
+        self.restarts = Restarts(roles(config), patience)
 
     def run(self) -> int:
         """Returns the exit code; see `launch`."""
@@ -136,7 +120,7 @@ class Launch:
         except Stopped:
             return self._stop()
         finally:
-            self.supervisor.stop(self.supervisor.running, grace_s=0 if self._hurried() else self.patience.term_s)
+            self.supervisor.stop(self.supervisor.running, grace_s=self._last_grace_s())
             if self.view is not None:
                 self.view.close()
             self.diary.close()
@@ -195,8 +179,7 @@ class Launch:
                 if exit.name == "buffer" and exit.code == 0:
                     return
                 self._ended(exit)
-            for name in [name for name, when in self.due.items() if when <= time.monotonic()]:
-                del self.due[name]
+            for name in self.restarts.due(time.monotonic()):
                 self._start(name)
             self._pause()
 
@@ -205,32 +188,22 @@ class Launch:
         if exit.code == 0 and exit.name != "buffer":  # it was told to: by the buffer, or by whoever wants its place
             at_end = self._last_step() >= self.config.steps
             self._say(f"{exit.name} left after {exit.lived_s:.0f} s, as it was told to", quiet=at_end)
-            self.left.add(exit.name)
+            self.restarts.left(exit.name)
             return
         if is_refusal(exit):
             raise self._failure(exit, f"{exit.name} refused to run")
-        attempt = 1 if exit.lived_s >= self.patience.healthy_s else self.attempts.get(exit.name, 0) + 1
-        self.attempts[exit.name] = attempt
-        if attempt > self.patience.attempts:
-            self.lost.add(exit.name)
-            left = [
-                name for name in roles(self.config) if role_of(name) == role_of(exit.name) and name not in self.lost
-            ]
-            if not left:
+        match self.restarts.ended(exit, time.monotonic()):
+            case GivenUp(attempts, []):
                 raise self._failure(
-                    exit, f"{exit.name} ended {attempt} times, the last time after {exit.lived_s:.0f} s"
+                    exit, f"{exit.name} ended {attempts} times, the last time after {exit.lived_s:.0f} s"
                 )
-            self._say(f"{exit.name} ended {attempt} times; the run goes on with {', '.join(left)}\n{exit.tail}")
-            return
-        delay = self.patience.backoff_s * 2 ** (attempt - 1)
-        self.due[exit.name] = time.monotonic() + delay
-        if exit.name == "buffer":  # a buffer that is told to stop says goodbye to all, and comes back without them
-            self.due |= dict.fromkeys(self.left, time.monotonic() + delay)
-            self.left.clear()
-        self._say(
-            f"{exit.name} ended ({exit.how}) after {exit.lived_s:.0f} s; it is started anew in {delay:.0f} s "
-            f"({attempt} of {self.patience.attempts}), its log: {self.logs / exit.name}.log"
-        )
+            case GivenUp(attempts, others):
+                self._say(f"{exit.name} ended {attempts} times; the run goes on with {', '.join(others)}\n{exit.tail}")
+            case Again(delay_s, attempt):
+                self._say(
+                    f"{exit.name} ended ({exit.how}) after {exit.lived_s:.0f} s; it is started anew in {delay_s:.0f} s "
+                    f"({attempt} of {self.patience.attempts}), its log: {self.logs / exit.name}.log"
+                )
 
     def _finish(self) -> int:
         """The buffer has ended: the others leave by themselves, the learner after its last checkpoint. 1 when it did not
@@ -287,6 +260,12 @@ class Launch:
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self.signals.append(number)
 
+    def _last_grace_s(self) -> float:
+        """For what runs when a launch ends: a worker's last grades and samples have nowhere to go without a buffer."""
+        if self._hurried():
+            return 0.0
+        return self.patience.term_s if "buffer" in self.supervisor.running else self.patience.abandoned_s
+
     def _hurried(self) -> bool:
         return len(self.signals) > 1
 
@@ -295,14 +274,8 @@ class Launch:
         return int(steps[-1]["step"]) if steps else 0
 
     def _failure(self, exit: Exit, what: str) -> LaunchError:
-        lines = "".join(f"\n  | {line}" for line in exit.tail.splitlines())
-        log = self.logs / f"{exit.name}.log"
-        refused, resume = is_refusal(exit), ""
-        if log_path(self.config).exists():
-            then = "once that is put right, continue with" if refused else "continue with"
-            resume = f"\nwhat is trained so far is kept; {then}: {self.again}"
-        kind = LaunchRefused if refused else LaunchError
-        return kind(f"{what} ({exit.how}); the end of {log}:{lines}{resume}")
+        again = self.again if log_path(self.config).exists() else None
+        return role_failure(exit, what, log=self.logs / f"{exit.name}.log", run_dir=self.config.run_dir, again=again)
 
     def _say(self, text: str, *, quiet: bool = False) -> None:
         with contextlib.suppress(OSError):  # a full disk ends the buffer, with its own error; not the launcher first

@@ -63,8 +63,13 @@ def torchrun(ranks: int) -> list[str]:
 
 
 def is_refusal(exit: Exit) -> bool:
-    """Exit code 2 says that starting anew cannot help; torchrun hides a rank's code behind its own, in a table."""
-    return exit.code == 2 or (exit.code == 1 and re.search(r"exitcode\s*:\s*2\b", exit.tail) is not None)
+    """Exit code 2 says that starting anew cannot help, and so do last words; torchrun hides a rank's code behind its own,
+    in a table."""
+    return (
+        exit.code == 2
+        or exit.refusal != ""
+        or (exit.code == 1 and re.search(r"exitcode\s*:\s*2\b", exit.tail) is not None)
+    )
 
 
 def place(config: Config, gpus: list[str]) -> dict[str, dict[str, str]]:

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 from msgspec import Struct
 
+from workers.last_words import KEY, LastWords
+
 NAMES_AN_ERROR = re.compile(
     r"(\[rank\d+\]: *)?(headrace: |(?!torch\.distributed\.elastic)[\w.]*(Error|Exception|Diverged|Refused): )"
 )
@@ -23,12 +25,14 @@ TETHER = Path(__file__).with_name("tether.py")
 
 
 class Exit(Struct, frozen=True):
-    """A child that ended by itself: its exit code (negative: the signal), seconds lived, and its last lines."""
+    """A child that ended by itself: its exit code (negative: the signal), seconds lived, and its last lines. `refusal`
+    is why it, or a process below it, must not be started again."""
 
     name: str
     code: int
     lived_s: float
     tail: str
+    refusal: str = ""
 
     @property
     def how(self) -> str:
@@ -40,6 +44,7 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     offset: int
+    words: LastWords
     started: float = field(default_factory=time.monotonic)
 
 
@@ -57,17 +62,22 @@ class Supervisor:
         if name in self._children:
             raise ValueError(f"{name} is running already (pid {self._children[name].process.pid})")
         path = self._logs / f"{name}.log"
-        with path.open("ab") as log:
-            offset = log.tell()
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *command],
-                env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._children[name] = Child(process, path, offset)
+        words = LastWords()
+        try:
+            with path.open("ab") as log:
+                offset = log.tell()
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *command],
+                    env={**os.environ, **env, "PYTHONUNBUFFERED": "1", KEY: words.path},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError:
+            words.close()
+            raise
+        self._children[name] = Child(process, path, offset, words)
         return process.pid
 
     @property
@@ -80,13 +90,14 @@ class Supervisor:
     def exits(self) -> list[Exit]:
         """The children that ended since the last call."""
         ended = [(name, child) for name, child in self._children.items() if child.process.poll() is not None]
+        found = []
         for name, child in ended:
             del self._children[name]
             _signal_session(child.process.pid, signal.SIGKILL)  # what it may have left behind
-        return [
-            Exit(name, child.process.returncode, time.monotonic() - child.started, _tail(child.log, child.offset))
-            for name, child in ended
-        ]
+            lived_s, tail = time.monotonic() - child.started, _tail(child.log, child.offset)
+            found.append(Exit(name, child.process.returncode, lived_s, tail, child.words.read()))
+            child.words.close()
+        return found
 
     def stop(self, names: Iterable[str], *, grace_s: float, hurried: Callable[[], bool] = lambda: False) -> list[str]:
         """SIGTERM, then after `grace_s`, or once `hurried()`, SIGKILL to each with all its descendants; returns those
@@ -105,6 +116,7 @@ class Supervisor:
         for name, child in stopping.items():
             _signal_session(child.process.pid, signal.SIGKILL)
             child.process.wait(timeout=30)
+            child.words.close()
             del self._children[name]
         for process in offspring:
             with contextlib.suppress(psutil.NoSuchProcess):
