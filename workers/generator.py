@@ -13,16 +13,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from types import FrameType
 
 import torch
 
 from engine.adopt_weights import WeightsRefused
-from engine.config import Config, ConfigError, TorchEngine, policy_folder
+from engine.config import Config, ConfigError, TorchEngine, VllmEngine, policy_folder
 from engine.generate_torch import TicketRefused, TorchGenerator
+from engine.generate_vllm import EngineLost, VllmGenerator, start_vllm
 from engine.models import load_model, resolve_device
 from engine.text import TextModel
+from engine.weights import Update
 from protocols.link import Client, LinkError, LinkTimeout
 from protocols.messages import Ack, Announce, Goodbye, HandBack, Hello, Ticket
 from workers.weight_feed import LearnerLost, WeightFeed
@@ -38,22 +40,23 @@ IDLE_S, STATUS_S = 0.02, 0.5
 
 
 def run(config: Config, join: str, name: str | None = None, *, gone_s: float = GONE_S) -> int:
-    """Generates until the buffer says goodbye or SIGTERM comes: 0 then; 1 when buffer or learner are gone for good or the
-    weights give no numbers; 2 when config, model and tickets do not fit, so that starting anew cannot help."""
+    """Generates until the buffer says goodbye or SIGTERM comes: 0 then; 1 when buffer, learner or engine are gone for good
+    or the weights give no numbers; 2 when config, model and tickets do not fit, so that starting anew cannot help."""
     _on_signals(lambda *_: sys.exit(0))  # nothing is in hand yet
     name = name or f"generator-{socket.gethostname()}-{os.getpid()}"[:80]
     try:
-        engine, device = _engine(config)
-        credit = capacity(engine.config.slots)
-        hello = Hello(role="generator", name=name, host=socket.gethostname(), pid=os.getpid(), capacity=credit)
-        with (
-            closing(Client(join, hello, timeout_s=JOIN_TIMEOUT_S)) as client,
-            closing(WeightFeed(name, device=device, peer_timeout_s=config.learner.peer_timeout_s)) as weights,
-        ):
+        with ExitStack() as parts:
+            engine = _engine(config)
+            if isinstance(engine, VllmGenerator):
+                parts.callback(engine.close)
+            credit = capacity(engine.config.slots)
+            hello = Hello(role="generator", name=name, host=socket.gethostname(), pid=os.getpid(), capacity=credit)
+            client = parts.enter_context(closing(Client(join, hello, timeout_s=JOIN_TIMEOUT_S)))
+            weights = parts.enter_context(closing(_feed(config, name, engine)))
             stop = threading.Event()
             _on_signals(lambda *_: stop.set())
             Generator(client, engine, weights, stop, gone_s=gone_s).serve()
-    except (LinkError, LearnerLost, FloatingPointError) as error:
+    except (LinkError, LearnerLost, EngineLost, FloatingPointError) as error:
         return _fail(name, error, 1)
     except (ConfigError, WeightsRefused, TicketRefused) as error:
         return _fail(name, error, 2)
@@ -65,25 +68,45 @@ def capacity(slots: int) -> int:
     return slots + max(1, slots // 4)
 
 
-def _engine(config: Config) -> tuple[TorchGenerator, str]:
-    """The generator without weights, and its device. Raises `ConfigError`."""
+def _engine(config: Config) -> TorchGenerator | VllmGenerator:
+    """The generator without weights. Raises `ConfigError`, or `EngineLost` when vLLM does not start."""
     settings = config.generator
     if settings is None:
         raise ConfigError(f"{config.source}: it has no [generator] section, so this run has no use for a generator")
-    if not isinstance(settings.engine, TorchEngine):
-        raise ConfigError(f"{config.source}: generator.engine: only torch is in this build")
     torch.set_num_threads(settings.threads)
-    device, folder = resolve_device(settings.device), policy_folder(config)
-    text = TextModel.load(folder)
-    model = load_model(folder, dtype=settings.dtype, device=device, weights=False)
-    return TorchGenerator(model, config=settings.engine, stop_ids=text.stop_ids, decode=text.decode), device
+    folder = policy_folder(config)
+    match settings.engine:
+        case VllmEngine() as engine:
+            return start_vllm(folder, settings, engine)
+        case TorchEngine() as engine:
+            text = TextModel.load(folder)
+            model = load_model(folder, dtype=settings.dtype, device=resolve_device(settings.device), weights=False)
+            return TorchGenerator(model, config=engine, stop_ids=text.stop_ids, decode=text.decode)
+
+
+def _feed(config: Config, name: str, engine: TorchGenerator | VllmGenerator) -> WeightFeed:
+    """Weights come where the engine takes them from: vLLM's workers read the host's memory."""
+    timeout_s = config.learner.peer_timeout_s
+    if isinstance(engine, TorchGenerator):
+        return WeightFeed(name, device=str(engine.model.device), peer_timeout_s=timeout_s)
+
+    def prepare(update: Update) -> None:
+        engine.stage(update.tensors, update.version)
+
+    return WeightFeed(name, device="cpu", peer_timeout_s=timeout_s, prepare=prepare)
 
 
 class Generator:
     """The loop of a generator; one thread does everything but receiving weights."""
 
     def __init__(
-        self, client: Client, engine: TorchGenerator, weights: WeightFeed, stop: threading.Event, *, gone_s: float
+        self,
+        client: Client,
+        engine: TorchGenerator | VllmGenerator,
+        weights: WeightFeed,
+        stop: threading.Event,
+        *,
+        gone_s: float,
     ) -> None:
         self.client, self.engine, self.weights, self.stop, self.gone_s = client, engine, weights, stop, gone_s
         self.over = False
@@ -93,21 +116,29 @@ class Generator:
 
     def serve(self) -> None:
         """Returns when the run is over or this worker was told to stop. Raises `LinkTimeout` when the buffer is gone,
-        `LearnerLost` when the learner is, `TicketRefused` or `WeightsRefused` when either does not fit the model."""
+        `LearnerLost` when the learner is, `EngineLost` when the engine is, and `TicketRefused` or `WeightsRefused` when
+        either does not fit the model."""
         # Only at first: later announcements come as messages, and what a welcome said then may be a learner that is gone.
         self.weights.connect(self.client.welcome.weights)
-        while not self.over and not self.stop.is_set():
-            self._adopt()
-            working = self.has_weights and self.engine.ready
-            self._take(0.0 if working else IDLE_S)
-            if working:
-                self._step()
-            self._report()
-            if self.client.silent_s > self.gone_s:
-                limit, where = self.gone_s, self.client.address
-                raise LinkTimeout(f"waited {limit:.0f} s for a sign of life from the buffer at {where}")
+        try:
+            while not self.over and not self.stop.is_set():
+                self._turn()
+        except EngineLost:  # the tokens there are lie on this side
+            self._leave("its engine is lost")
+            raise
         if not self.over:
             self._leave("stopped")
+
+    def _turn(self) -> None:
+        self._adopt()
+        working = self.has_weights and self.engine.ready
+        self._take(0.0 if working else IDLE_S)
+        if working:
+            self._step()
+        self._report()
+        if self.client.silent_s > self.gone_s:
+            limit, where = self.gone_s, self.client.address
+            raise LinkTimeout(f"waited {limit:.0f} s for a sign of life from the buffer at {where}")
 
     def _adopt(self) -> None:
         """The newest weights, if there are newer ones. None were loaded before the first: the model's are not numbers."""

@@ -1,6 +1,7 @@
 """The learner's weights as a generator sees them: found by announcement, reconnected when lost, never waited for.
 
-Connecting and leaving may take as long as a timeout, so both happen in threads of their own while decoding goes on.
+Connecting and leaving may take as long as a timeout, and preparing an update as long as reading all of it, so these happen
+in threads of their own while decoding goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 
+from engine.adopt_weights import WeightsRefused
 from engine.weights import Subscriber, Update
 from protocols.messages import Announce
 
@@ -23,13 +26,25 @@ class LearnerLost(RuntimeError):
 
 
 class WeightFeed:
-    """`connect` to where the learner is announced, `poll` between decode steps."""
+    """`connect` to where the learner is announced, `poll` between decode steps.
+
+    `prepare` is called with each update before `poll` returns it, one at a time and never while the owner still has one;
+    what it raises (`WeightsRefused`, `FloatingPointError`) comes out of `poll`.
+    """
 
     def __init__(
-        self, name: str, *, device: str, peer_timeout_s: float, learner_timeout_s: float = LEARNER_TIMEOUT_S
+        self,
+        name: str,
+        *,
+        device: str,
+        peer_timeout_s: float,
+        learner_timeout_s: float = LEARNER_TIMEOUT_S,
+        prepare: Callable[[Update], None] | None = None,
     ) -> None:
         self._name, self._device, self._peer_timeout_s = name, device, peer_timeout_s
-        self._learner_timeout_s = learner_timeout_s
+        self._learner_timeout_s, self._prepare = learner_timeout_s, prepare
+        self._preparing: threading.Thread | None = None
+        self._prepared: queue.SimpleQueue[Update | WeightsRefused | FloatingPointError] = queue.SimpleQueue()
         self._where: Announce | None = None
         self._subscriber: Subscriber | None = None
         self._connecting: Announce | None = None
@@ -53,7 +68,39 @@ class WeightFeed:
         self._drop("another learner was announced")
 
     def poll(self) -> Update | None:
-        """The newest weights that were not taken yet; never blocks. Raises `LearnerLost`."""
+        """The newest weights that were not taken yet, prepared; never blocks. Raises `LearnerLost`, and what `prepare`
+        raises."""
+        if self._preparing is not None:
+            return self._take_prepared()
+        update = self._receive()
+        if update is None or self._prepare is None:
+            return update
+        self._preparing = threading.Thread(target=self._run_prepare, args=[update], name="weights-prepare", daemon=True)
+        self._preparing.start()
+        return None
+
+    def _take_prepared(self) -> Update | None:
+        """The update that is being prepared, once it is; that its learner may be gone meanwhile does not matter."""
+        try:
+            result = self._prepared.get_nowait()
+        except queue.Empty:
+            return None
+        self._preparing = None
+        if isinstance(result, Update):
+            return result
+        raise result
+
+    def _run_prepare(self, update: Update) -> None:
+        assert self._prepare is not None
+        try:
+            self._prepare(update)
+        except (WeightsRefused, FloatingPointError) as error:
+            update.release()
+            self._prepared.put(error)
+        else:
+            self._prepared.put(update)
+
+    def _receive(self) -> Update | None:
         self._collect()
         if self._subscriber is not None and not self._subscriber.alive:
             self._say(f"lost the learner: {self._subscriber.error}")
@@ -72,11 +119,13 @@ class WeightFeed:
         return None
 
     def close(self) -> None:
-        """Leave; waits a bounded time for the learner to be told."""
+        """Leave; waits a bounded time for the learner to be told, and for an update that is being prepared."""
         subscriber, self._subscriber = self._subscriber, None
         if subscriber is not None:
             leaving = self._close_aside(subscriber)
             leaving.join(5.0)
+        if self._preparing is not None:
+            self._preparing.join(5.0)
 
     def _connect(self, where: Announce) -> None:
         try:
