@@ -42,12 +42,13 @@ class RewardError(ValueError):
 
 class Score(Struct, frozen=True):
     """`correct` is raw accuracy; `value` is the scorer's own figure (1 or 0 where it only says yes or no); `reward` is
-    set by a user's function that says itself what is trained on."""
+    set by a user's function that says itself what is trained on; `detail` is what is to be known beside the figures."""
 
     correct: bool
     value: float
     parts: dict[str, float] = {}
     reward: float | None = None
+    detail: str = ""
 
 
 def score(task: Task, text: str, answer: str) -> Score:
@@ -56,7 +57,8 @@ def score(task: Task, text: str, answer: str) -> Score:
     `answer` is the row's JSON document: reasoning-gym's whole entry `{"question", "answer", "metadata"}`, or
     `{"answer", "row"}` of a jsonl row. `parts["extracted"]` is 0 where the response holds no answer by the task's
     `extract` rule, 1 where it does. A user's function gets the whole response, whatever `extract` says.
-    Raises `RewardError`.
+    A reasoning-gym scorer that raises on the answer, but not on the row's own, makes it wrong, with `parts["unreadable"]`
+    = 1 and the exception in `detail`. Raises `RewardError`, and what a broken scorer raises.
     """
     document = _document(answer)
     if isinstance(task.score, PythonScore):
@@ -66,8 +68,7 @@ def score(task: Task, text: str, answer: str) -> Score:
         return Score(correct=False, value=0.0, parts={"extracted": 0.0})
     match task.score:
         case ReasoningGymScore(threshold):
-            value = _reasoning_gym_value(task, found, document)
-            correct = value >= threshold
+            return _reasoning_gym_score(task, found, document, threshold)
         case MathVerifyScore():
             correct = equivalent(found, reference(str(document["answer"])))
             value = float(correct)
@@ -124,13 +125,27 @@ _TUPLE_BOARDS = frozenset({"arc_agi", "rearc"})
 """Data sets that compare the answer with tuples of their metadata, which JSON has turned into lists."""
 
 
-def _reasoning_gym_value(task: Task, found: str, document: dict[str, Any]) -> float:
-    if not isinstance(task, ReasoningGymTask):
-        raise RewardError(f"score.type reasoning-gym: got a {type(task).__name__}, expected a reasoning-gym task")
-    if task.dataset in _TUPLE_BOARDS:
+def _reasoning_gym_score(task: Task, found: str, document: dict[str, Any], threshold: float) -> Score:
+    data_set = _data_set(task)
+    if isinstance(task, ReasoningGymTask) and task.dataset in _TUPLE_BOARDS:
         board = tuple(tuple(row) for row in document["metadata"]["output"])
         document = {**document, "metadata": {**document["metadata"], "output": board}}
-    return float(_data_set(task).score_answer(found, document))
+    try:
+        value = float(data_set.score_answer(found, document))
+    except MemoryError:  # over the budget of this process, which says nothing about the text
+        raise
+    except Exception as error:  # foreign code; some data sets read numbers or Python out of the text and let that fail
+        try:
+            data_set.score_answer(document["answer"], document)
+        except Exception:
+            raise error from None  # also on its own answer: the scorer is broken
+        return Score(
+            correct=False,
+            value=0.0,
+            parts={"extracted": 1.0, "value": 0.0, "unreadable": 1.0},
+            detail=f"the data set's scorer raised {type(error).__name__} on this answer: {error}",
+        )
+    return Score(correct=value >= threshold, value=value, parts={"extracted": 1.0, "value": value})
 
 
 def _data_set(task: Task) -> Any:

@@ -215,6 +215,42 @@ def test_reasoning_gym_partial_scores_and_threshold() -> None:
     assert half.parts == {"extracted": 1.0, "value": half.value}
 
 
+GARBAGE = ["x", "1 2 3", "[[", "None", "{}", "1/0", "9" * 50_000, "x" * 50_000]
+
+
+def test_no_text_makes_a_reasoning_gym_scorer_fail() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    unreadable = set()
+    for name in sorted(DATASETS.keys() - {"composite"}):
+        task = ReasoningGymTask(dataset=name, size=3, seed=1, extract="whole")
+        entry = json.dumps(plain(reasoning_gym_data(task)[0]))
+        for text in GARBAGE:
+            result = score(task, text, entry)
+            if "unreadable" in result.parts:
+                unreadable.add(name)
+                assert (result.correct, result.value) == (False, 0.0)
+                assert "the data set's scorer raised " in result.detail
+    assert "prime_factorization" in unreadable
+
+
+def test_a_text_that_a_scorer_raises_on_is_wrong_and_the_exception_is_named() -> None:
+    task = ReasoningGymTask(dataset="prime_factorization", size=3, extract="whole")
+    entry = plain(reasoning_gym_data(task)[0])
+    assert score(task, entry["answer"], json.dumps(entry)).correct
+    result = score(task, "seven", json.dumps(entry))
+    assert result.parts == {"extracted": 1.0, "value": 0.0, "unreadable": 1.0}
+    assert result.detail.startswith("the data set's scorer raised ValueError on this answer: invalid literal")
+
+
+def test_a_scorer_that_raises_on_the_row_too_is_broken() -> None:
+    task = ReasoningGymTask(dataset="prime_factorization", size=3, extract="whole")
+    broken = json.dumps({"question": "?", "answer": "six", "metadata": {}})
+    for text in ("2 × 3", "seven"):
+        with pytest.raises(ValueError, match=r"invalid literal.*six"):
+            score(task, text, broken)
+
+
 def test_a_bad_data_set_is_named_when_the_task_is_prepared() -> None:
     with pytest.raises(TaskError, match="no_such_set"):
         prepare(ReasoningGymTask(dataset="no_such_set"))

@@ -141,6 +141,28 @@ def test_a_scorer_is_reused_and_one_that_writes_unasked_is_replaced(desk: Desk) 
     assert later.reward != first
 
 
+def test_garbage_that_a_data_set_raises_on_is_graded_wrong_and_a_broken_row_is_a_crash() -> None:
+    task = ReasoningGymTask(dataset="prime_factorization", size=3, extract="whole")
+    desk = Desk(RewardConfig(scorers=1, timeout_s=30.0), {"primes": task})
+    try:
+        grades = []
+        for answer in ("2 × 3", "six"):
+            desk.pool.submit(
+                GradeTask(
+                    group=1, sample=0, attempt=0, task="primes", prompt_text="", text="seven",
+                    answer=json.dumps({"question": "?", "answer": answer, "metadata": {}}),
+                    response_tokens=10, finish="stop",
+                )
+            )  # fmt: skip
+            grades.append(desk.grades.get(timeout=30))
+    finally:
+        desk.pool.close(0.0)
+    assert [grade.verdict for grade in grades] == ["graded", "crash"]
+    assert (grades[0].correct, grades[0].reward, grades[0].parts["unreadable"]) == (False, -1.0, 1.0)
+    assert "ValueError" in grades[0].detail
+    assert "ValueError" in grades[1].detail
+
+
 def test_an_unknown_task_is_infra(desk: Desk) -> None:
     grade = desk.grade("no_such_task")
     assert grade.verdict == "infra"

@@ -64,6 +64,7 @@ class Result(Struct, frozen=True):
     value: float = 0.0
     parts: dict[str, float] = {}
     reward: float | None = None
+    detail: str = ""
     error: str | None = None
     last: bool = False
 
@@ -102,7 +103,14 @@ def _grade(job: Job, setup: Setup) -> Result:
         outcome = score(setup.tasks[job.task], job.text, job.answer)
     except BaseException as error:  # the edge of foreign code; SystemExit and KeyboardInterrupt are its failures too
         return Result(id=job.id, error=_describe(error, setup.memory_mb), last=_out_of_memory(error))
-    return Result(id=job.id, correct=outcome.correct, value=outcome.value, parts=outcome.parts, reward=outcome.reward)
+    return Result(
+        id=job.id,
+        correct=outcome.correct,
+        value=outcome.value,
+        parts=outcome.parts,
+        reward=outcome.reward,
+        detail=_sendable(outcome.detail),
+    )
 
 
 def _describe(error: BaseException, memory_mb: int) -> str:
@@ -114,7 +122,12 @@ def _describe(error: BaseException, memory_mb: int) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
         text = f"{type(error).__name__}: {error}{where}"
-    return text.encode("utf-8", "replace").decode()[:DETAIL_LIMIT]
+    return _sendable(text)
+
+
+def _sendable(text: str) -> str:
+    """A text that MessagePack and SQLite take: no lone surrogates, and not the whole response again."""
+    return text[:DETAIL_LIMIT].encode("utf-8", "replace").decode()
 
 
 def _out_of_memory(error: BaseException) -> bool:

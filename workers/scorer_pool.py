@@ -183,5 +183,6 @@ class ScorerPool:
             correct=score.correct,
             reward=reward,
             parts=parts,
+            detail=result.detail,
             seconds=time.monotonic() - started,
         )
