@@ -9,38 +9,52 @@ from __future__ import annotations
 import sqlite3
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import msgspec
 import numpy as np
 import xxhash
 
 from protocols.log_read import LogReader
-from protocols.log_rows import Event, GroupRow, Kind, Meta, OpenGroup, SampleState, Status, StepRow
+from protocols.log_rows import Event, GroupRow, Kind, Meta, OpenGroup, Origin, SampleState, Start, Status, StepRow
 from protocols.log_schema import SCHEMA, AlreadyLogged, LogError, connect, hold_still, lock_writer, make
 from protocols.messages import FLOAT, INT, Grade, Rollout, StepCommit
 
 __all__ = [
     "SCHEMA", "AlreadyLogged", "Event", "GroupRow", "Kind", "Log", "LogError", "LogReader", "Meta", "OpenGroup",
-    "SampleState", "Status", "StepRow",
+    "Origin", "SampleState", "Start", "Status", "StepRow",
 ]  # fmt: skip
 
 
 class Log(LogReader):
     """A log, opened to read or, with `write`, to append. Not for use from several threads at once."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: BinaryIO | None) -> None:
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, lock: BinaryIO | None, *, still: bool = False
+    ) -> None:
         super().__init__(path, connection)
-        self._lock = lock
+        self._lock, self.still = lock, still
 
     @classmethod
-    def create(cls, path: str | Path, *, run: str, config: dict[str, Any], code_version: str) -> Log:
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        run: str,
+        config: dict[str, Any],
+        code_version: str,
+        start: Start | None = None,
+        origin: Origin | None = None,
+    ) -> Self:
         """A new log, open for writing. Raises `LogError` when the file exists or cannot be made."""
         path = Path(path)
+        meta = {"run": run, "code_version": code_version, "created_at": repr(time.time())}
+        facts = {"config": config, "start": start, "origin": origin}
+        meta |= {key: msgspec.json.encode(fact).decode() for key, fact in facts.items() if fact is not None}
         try:
             lock = lock_writer(path)
             try:
-                make(path, run=run, config=config, code_version=code_version)
+                make(path, meta)
             except BaseException:
                 lock.close()
                 raise
@@ -49,7 +63,7 @@ class Log(LogReader):
         return cls(path, connect(path, write=True), lock)
 
     @classmethod
-    def open(cls, path: str | Path, *, write: bool = False) -> Log:
+    def open(cls, path: str | Path, *, write: bool = False) -> Self:
         """An existing log. Raises `LogError`: none there, damaged, of another schema, or another writer has it."""
         path = Path(path)
         if not write:
@@ -63,13 +77,13 @@ class Log(LogReader):
             raise
 
     @classmethod
-    def open_still(cls, path: str | Path) -> Log:
+    def open_still(cls, path: str | Path) -> Self:
         """An existing log to read, whose folder stays as it is: where nobody writes it, nobody can until this is closed.
         Raises `LogError`."""
         path = Path(path)
         still, lock = hold_still(path)
         try:
-            return cls(path, connect(path, write=False, still=still), lock)
+            return cls(path, connect(path, write=False, still=still), lock, still=still)
         except BaseException:
             if lock is not None:
                 lock.close()
@@ -150,12 +164,13 @@ class Log(LogReader):
             what = f"the plan of step {step} with group {group}"
             self._write("INSERT INTO plan VALUES (?, ?, ?)", (step, position, group), what)
 
-    def commit_step(self, commit: StepCommit) -> None:
-        """A step is trained, and so are the groups of its plan. Raises `LogError` for a step out of turn or not planned."""
+    def commit_step(self, commit: StepCommit, *, empty: bool = False) -> None:
+        """A step is trained, and so are the groups of its plan (`empty`: it has none). Raises `LogError` for a step out of
+        turn or not planned."""
         step, expected = commit.step, self.last_step() + 1
         if step < expected:
             raise AlreadyLogged(f"{self.path}: step {step} is committed already; expected step {expected}")
-        if step > expected or self.plan(step) is None:
+        if step > expected or (self.plan(step) is None) != empty:
             raise LogError(
                 f"{self.path}: got the commit of step {step}, expected step {expected} and that it is planned"
             )
@@ -187,6 +202,11 @@ class Log(LogReader):
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
                 raise self._undone(error, "commit") from error
+
+    def undo(self) -> None:
+        """Forgets everything since the last commit."""
+        if self._connection.in_transaction:
+            self._connection.rollback()
 
     def _write(self, sql: str, values: tuple[object, ...], what: str) -> int:
         try:

@@ -19,7 +19,7 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
-from protocols.log_rows import Event, GroupRow, Kind, Meta, OpenGroup, SampleState, Status, StepRow
+from protocols.log_rows import Event, GroupRow, Kind, Meta, OpenGroup, Origin, SampleState, Start, Status, StepRow
 from protocols.log_schema import SCHEMA, LogError
 from protocols.messages import BOOL, FLOAT, INT, Batch, Grade, GroupSize, Rollout
 
@@ -67,9 +67,16 @@ class LogReader:
     def meta(self) -> Meta:
         found = dict(self.query("SELECT key, value FROM meta"))
         try:
-            created = float(found["created_at"])
-            return Meta(found["run"], json.loads(found["config"]), found["code_version"], created, SCHEMA)
-        except (KeyError, ValueError) as error:
+            return Meta(
+                run=found["run"],
+                config=json.loads(found["config"]),
+                code_version=found["code_version"],
+                created_at=float(found["created_at"]),
+                schema=SCHEMA,
+                start=msgspec.json.decode(found.get("start", "null"), type=Start | None),
+                origin=msgspec.json.decode(found.get("origin", "null"), type=Origin | None),
+            )
+        except (KeyError, ValueError, msgspec.MsgspecError) as error:
             raise LogError(
                 f"{self.path}: table meta: {error}; expected run, config, code_version, created_at"
             ) from error

@@ -73,6 +73,23 @@ class Event(Struct, frozen=True):
     detail: str
 
 
+class Start(Struct, frozen=True):
+    """The model that step 1 starts from: its folder when the run began, and a digest of its weights' files."""
+
+    folder: str
+    digest: str
+
+
+class Origin(Struct, frozen=True):
+    """The log that this one was made from, `how` ("replay" or "regrade"), and the settings that were changed."""
+
+    how: str
+    log: str
+    run: str
+    created_at: float
+    settings: list[str]
+
+
 class Meta(Struct, frozen=True):
     """What the run is."""
 
@@ -81,3 +98,5 @@ class Meta(Struct, frozen=True):
     code_version: str
     created_at: float
     schema: int
+    start: Start | None = None
+    origin: Origin | None = None

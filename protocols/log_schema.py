@@ -3,7 +3,8 @@
 `runs/NAME/rollouts.db` is a plain SQLite database in WAL mode. Anybody may read it with `sqlite3` while the run goes
 on; only the buffer writes. `PRAGMA application_id` is 0x48656164 ("Head"), `PRAGMA user_version` the schema version.
 
-    meta          key, value: run, config (JSON), code_version, created_at
+    meta          key, value: run, config (JSON), code_version, created_at; start (JSON: the model that step 1 starts
+                  from), origin (JSON: the log that this one was made from)
     groups        one prompt and its samples: kind (train, eval, ready), status (waiting, trained, dropped, failed,
                   evaluated) with reason and step, task, prompt_id, samples, prompt_tokens, min_version, issued_at
     prompts       what never changes of a group: its text, token ids and answer (JSON)
@@ -29,12 +30,9 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import quote
-
-import msgspec
 
 SCHEMA = 2
 """Version of the tables below. A log of another version is refused, never converted."""
@@ -184,18 +182,12 @@ def hold_still(path: Path) -> tuple[bool, BinaryIO | None]:
     return False, None
 
 
-def make(path: Path, *, run: str, config: dict[str, Any], code_version: str) -> None:
+def make(path: Path, meta: dict[str, str]) -> None:
     """An empty log at `path`, whole or not at all. Raises `LogError` when something is there or cannot be written."""
     if path.exists():
         raise LogError(f"{path}: exists already; expected a new file")
     temporary = path.with_name(path.name + ".new")
     temporary.unlink(missing_ok=True)
-    meta = {
-        "run": run,
-        "config": msgspec.json.encode(config).decode(),
-        "code_version": code_version,
-        "created_at": repr(time.time()),
-    }
     try:
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from engine.config import Config, ConfigError, load_config
+from workers import cli_log
 from workers.last_words import KEY, out_of_space, say_last_words
 from workers.tether import die_with_parent
 
@@ -169,6 +170,10 @@ def report(run: Run) -> None:
     from workers.report import report
 
     report(_run_dir(run), Console())
+
+
+for command in cli_log.COMMANDS:
+    app.command()(command)
 
 
 def _standing(run_dir: Path) -> str:

@@ -11,7 +11,7 @@ import time
 
 import msgspec
 
-from engine.config import Config, ConfigError, dump_config
+from engine.config import Config, ConfigError, dump_config, policy_folder
 from protocols import messages as m
 from protocols.ledger import Decided, Issue, Ledger, Pace, Score
 from protocols.log import GroupRow, Log
@@ -20,6 +20,7 @@ from workers.intake import Intake
 from workers.metrics import MetricsWriter
 from workers.provenance import code_version
 from workers.reward_watch import RewardWatch
+from workers.start import start_of
 
 FENCES_PER_START = 1 << 20
 """Each process that serves a run gives out fences of its own range, so a zombie of an earlier one is refused."""
@@ -264,7 +265,13 @@ class RunState:
         if path.exists():
             raise ConfigError(f"{path}: exists already; continue it with --resume or choose another name")
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        return Log.create(path, run=self.config.name, config=dump_config(self.config), code_version=code_version())
+        return Log.create(
+            path,
+            run=self.config.name,
+            config=dump_config(self.config),
+            code_version=code_version(),
+            start=start_of(policy_folder(self.config)),
+        )
 
     def _restore(self) -> None:
         """Rebuilds the ledger from the log: the same groups, with the results that were committed."""
