@@ -4,13 +4,7 @@ A group's samples go `new -> leased -> rolled -> grading -> graded | failed`. Wh
 decided: an uninformative one is dropped and frees its place at once, an informative one waits, first decided first
 trained, until a step plans it and the learner commits that step.
 
-Pacing, with B groups a step and a lag of L versions: a new group enters only while
-
-    ready + planned + keep * undecided + keep <= (L + 1) * B      and      all of them <= oversample * (L + 1) * B
-
-where `keep` is the measured share of groups that dynamic sampling keeps (1 while L = 0, which promises synchronous
-training, so the bound is then exact). It cannot deadlock: with nothing undecided either a full step is ready or there
-is room for a group, because keep <= 1 <= B.
+`ledger_pacing` has the rule by which groups enter, `ledger_leases` who works on which sample and until when.
 """
 
 from __future__ import annotations
@@ -19,7 +13,9 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from protocols.ledger_rows import Decided, Decision, Group, Issue, Kind, Pace, Sample, Score, Worker
+from protocols.ledger_leases import Leases
+from protocols.ledger_pacing import Load, Pacing
+from protocols.ledger_rows import Decided, Decision, Group, Issue, Kind, Pace, Sample, Score
 from protocols.messages import Verdict
 
 __all__ = ["Decided", "Decision", "Issue", "Kind", "Ledger", "Pace", "Score"]
@@ -33,7 +29,6 @@ class Ledger:
         self.pace = pace
         self.first_fence = first_fence
         self.groups: dict[int, Group] = {}
-        self.workers: dict[str, Worker] = {}
         self.ready: OrderedDict[int, None] = OrderedDict()
         self.planned: dict[int, list[int]] = {}
         self.committed = 0
@@ -41,7 +36,9 @@ class Ledger:
         self._to_issue: deque[int] = deque()
         self._to_grade: deque[tuple[int, int]] = deque()
         self._decided: list[Decided] = []
-        self._kept: deque[bool] = deque(maxlen=8 * pace.groups_per_step)
+        self._pacing = Pacing(pace)
+        self._leases = Leases(pace, self.groups)
+        self.workers = self._leases.workers
         self.totals = dict.fromkeys(("kept", "dropped", "failed", "reissued", "refused", "tokens", "dropped_tokens"), 0)
         self.fruitless = 0
         """Groups decided since the last informative one."""
@@ -50,12 +47,8 @@ class Ledger:
 
     @property
     def keep(self) -> float:
-        """Measured share of kept groups over the last 8 steps' worth, starting from a prior of one step kept."""
-        if self.pace.max_lag == 0 or not self.pace.dynamic_sampling:
-            return 1.0
-        prior = self.pace.groups_per_step
-        rate = (sum(self._kept) + prior) / (len(self._kept) + prior)
-        return max(rate, 1.0 / self.pace.max_oversample)
+        """The share of groups that dynamic sampling keeps, as the pacing rule takes it."""
+        return self._pacing.keep
 
     @property
     def undecided(self) -> int:
@@ -64,40 +57,28 @@ class Ledger:
     @property
     def in_system(self) -> int:
         """Groups that were issued and are neither trained nor dropped (evaluation does not count)."""
-        return self.undecided + len(self.ready) + self._planned_count
+        return self._load.in_system
 
     @property
     def _planned_count(self) -> int:
         return sum(len(groups) for groups in self.planned.values())
 
     @property
-    def _queued(self) -> float:
-        """Groups that will be trained before one that enters now, as far as can be told."""
-        return len(self.ready) + self._planned_count + self.keep * self.undecided
+    def _load(self) -> Load:
+        return Load(self.undecided, len(self.ready), self._planned_count, self.committed)
 
     def room(self) -> int:
         """How many training groups may enter now: the pacing rule, and what the run still needs."""
-        pace = self.pace
-        bound = (pace.max_lag + 1) * pace.groups_per_step
-        needed = (pace.steps - self.committed) * pace.groups_per_step
-        by_lag = int((min(bound, needed) - self._queued + 1e-9) / self.keep)
-        by_count = int(pace.max_oversample * bound) - self.in_system
-        return max(0, min(by_lag, by_count))
+        return self._pacing.room(self._load)
 
     def min_version(self) -> int:
-        """The oldest weights that may sample a group which enters now, for its turn to come within the lag.
-
-        Its step is committed + 1 + queued // B and trains on one version less. The pacing rule keeps queued below
-        (L + 1) * B, so this is never a version that has not been published.
-        """
-        turn = self.committed + int((self._queued + 1e-9) // self.pace.groups_per_step)
-        return max(0, turn - self.pace.max_lag)
+        """The oldest weights that may sample a group which enters now, for its turn to come within the lag."""
+        return self._pacing.min_version(self._load)
 
     def appetite(self) -> int:
         """Samples that generators could start now and that no group waits to fill."""
-        free = sum(w.free for w in self.workers.values() if w.role == "generator")
         waiting = sum(sum(s.stage == "new" for s in self.groups[g].samples) for g in self._to_issue)
-        return max(0, free - waiting)
+        return max(0, self._leases.free_generators() - waiting)
 
     def figures(self) -> dict[str, float]:
         """Plain numbers for metrics and the view."""
@@ -109,7 +90,7 @@ class Ledger:
             "planned": self._planned_count,
             "to_grade": len(self._to_grade),
             "evaluating": self._evaluating,
-            "keep_rate": sum(self._kept) / len(self._kept) if self._kept else 1.0,
+            "keep_rate": self._pacing.measured,
             "keep_rate_total": self.totals["kept"] / decided if decided else 1.0,
             "fruitless": self.fruitless,
             "committed": self.committed,
@@ -120,30 +101,15 @@ class Ledger:
 
     def joined(self, worker: str, role: str, capacity: int) -> None:
         """A worker said hello; one that comes back under its name keeps its leases."""
-        known = self.workers.get(worker)
-        if known and known.role == role:
-            known.capacity, known.suspect = capacity, False
-        else:
-            self.left(worker)
-            self.workers[worker] = Worker(role, capacity)
+        self._take_back_all(self._leases.joined(worker, role, capacity))
 
     def left(self, worker: str) -> None:
         """A worker is gone: what it held is issued anew, under a fence that refuses its late results."""
-        gone = self.workers.pop(worker, None)
-        for group, index in sorted(gone.outstanding) if gone else ():
-            self._take_back(self.groups[group], index)
+        self._take_back_all(self._leases.left(worker))
 
     def alive(self, worker: str, held: Iterable[tuple[int, int]], now: float) -> None:
         """A heartbeat: renews the leases of the (group, fence) pairs that the generator names."""
-        known = self.workers.get(worker)
-        if known is None:
-            return
-        known.suspect = False
-        names = set(held)
-        for group, index in known.outstanding:
-            sample = self.groups[group].samples[index]
-            if (group, sample.fence) in names:
-                sample.deadline = now + self.pace.lease_s
+        self._leases.alive(worker, held, now)
 
     def add_group(self, group: int, kind: Kind, samples: int, *, min_version: int = 0) -> None:
         """A prompt enters. `ready` groups (rows that come with their responses) wait for no generator and no reward."""
@@ -160,11 +126,11 @@ class Ledger:
 
     def rollout(self, worker: str, group: int, sample: int, fence: int, tokens: int) -> str | None:
         """A finished response; returns why it is refused, or None when it counts."""
-        found, refusal = self._leased(worker, group, sample, fence)
+        found, refusal = self._leases.find(worker, group, sample, fence)
         if found is None:
             self.totals["refused"] += 1
             return refusal
-        self.workers[worker].outstanding.discard((group, sample))
+        self._leases.end(worker, group, sample)
         self._rolled(group, sample, found, tokens)
         return None
 
@@ -172,9 +138,9 @@ class Ledger:
         """A leaving generator returns samples unfinished; returns why none of them is taken, or None."""
         refusal: str | None = "no samples"
         for index in samples:
-            found, refusal = self._leased(worker, group, index, fence)
+            found, refusal = self._leases.find(worker, group, index, fence)
             if found is not None:
-                self.workers[worker].outstanding.discard((group, index))
+                self._leases.end(worker, group, index)
                 self._take_back(self.groups[group], index)
         return refusal
 
@@ -186,8 +152,7 @@ class Ledger:
         found = known.samples[sample]
         if found.stage not in ("rolled", "grading") or found.attempt != attempt:
             return f"group {group} sample {sample}: attempt {attempt} is not the current one ({found.stage}, attempt {found.attempt})"
-        if found.worker in self.workers:
-            self.workers[found.worker].outstanding.discard((group, sample))
+        self._leases.end(found.worker, group, sample)
         self._graded(known, sample, verdict, correct)
         return None
 
@@ -237,69 +202,18 @@ class Ledger:
 
     def decide(self, now: float) -> list[Decision]:
         """Everything that follows from the events so far. Call it often: it also finds leases that ran out."""
-        self._expire(now)
-        decisions: list[Decision] = [*self._issue(now), *self._score(now)]
+        self._take_back_all(self._leases.expired(now))
+        issued, scored = self._leases.issue(self._to_issue, now), self._leases.score(self._to_grade, now)
+        decisions: list[Decision] = [*issued, *scored]
         decisions += self._decided
         self._decided = []
         return decisions
 
-    def _expire(self, now: float) -> None:
-        for worker in self.workers.values():
-            late = [(g, i) for g, i in worker.outstanding if self.groups[g].samples[i].deadline < now]
-            for group, index in late:
-                worker.outstanding.discard((group, index))
-                worker.suspect = True
-                self._take_back(self.groups[group], index)
-
-    def _issue(self, now: float) -> Iterable[Issue]:
-        generators = {name: w for name, w in self.workers.items() if w.role == "generator"}
-        while self._to_issue and generators:
-            group = self.groups[self._to_issue[0]]
-            wanted = [i for i, s in enumerate(group.samples) if s.stage == "new"]
-            if not wanted:
-                self._to_issue.popleft()
-                continue
-            name = max(generators, key=lambda n: (generators[n].free / max(1, generators[n].capacity), n))
-            worker = generators[name]
-            # A group stays together, for its prompt is then prefilled once, unless it exceeds what the worker can ever hold.
-            if worker.free < len(wanted) and (worker.outstanding or worker.free == 0):
-                return
-            given = wanted[: worker.free]
-            group.fence += 1
-            for index in given:
-                sample = group.samples[index]
-                sample.stage, sample.fence, sample.worker = "leased", group.fence, name
-                sample.deadline = now + self.pace.lease_s
-                worker.outstanding.add((group.id, index))
-            if len(given) == len(wanted):
-                self._to_issue.popleft()
-            yield Issue(name, group.id, given, group.fence, group.min_version)
-
-    def _score(self, now: float) -> Iterable[Score]:
-        scorers = {name: w for name, w in self.workers.items() if w.role == "reward"}
-        while self._to_grade and scorers:
-            name = max(scorers, key=lambda n: (scorers[n].free, n))
-            if scorers[name].free == 0:
-                return
-            group, index = self._to_grade.popleft()
-            sample = self.groups[group].samples[index]
-            sample.stage, sample.worker, sample.deadline = "grading", name, now + self.pace.grade_lease_s
-            scorers[name].outstanding.add((group, index))
-            yield Score(name, group, index, sample.attempt)
-
     # --- transitions -------------------------------------------------------------------------------------------------
 
-    def _leased(self, worker: str, group: int, index: int, fence: int) -> tuple[Sample | None, str | None]:
-        known = self.groups.get(group)
-        if known is None or not 0 <= index < len(known.samples):
-            return None, f"group {group} sample {index} is not outstanding"
-        sample = known.samples[index]
-        if sample.stage != "leased" or sample.fence != fence or sample.worker != worker:
-            return (
-                None,
-                f"group {group} sample {index}: fence {fence} is not the current one ({sample.stage}, fence {sample.fence})",
-            )
-        return sample, None
+    def _take_back_all(self, ended: Iterable[tuple[int, int]]) -> None:
+        for group, index in ended:
+            self._take_back(self.groups[group], index)
 
     def _take_back(self, group: Group, index: int) -> None:
         """A lease ended without a result: the sample goes back to the queue it came from, ahead of new work."""
@@ -346,13 +260,13 @@ class Ledger:
                 f"{len(group.samples) - len(right)} of {len(group.samples)} samples could not be graded",
             )
         elif self.pace.dynamic_sampling and (all(right) or not any(right)):
-            self._kept.append(False)
+            self._pacing.decided(False)
             self.fruitless += 1
             self.totals["dropped"] += 1
             self.totals["dropped_tokens"] += sum(s.tokens for s in group.samples)
             self._leave(group, "dropped", "all correct" if all(right) else "all wrong")
         else:
-            self._kept.append(True)
+            self._pacing.decided(True)
             self.fruitless = 0
             self.totals["kept"] += 1
             self.ready[group.id] = None
