@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import zmq
-from msgspec import Struct
 
 from protocols.codec import Frame, Malformed, decode, encode
 from protocols.link_errors import LinkError
-from protocols.link_outbox import Outbox, size_of
+from protocols.link_events import Event, Joined, Left, Received
+from protocols.link_outbox import size_of
+from protocols.link_peer import Peer
 from protocols.link_socket import HELLO_FIRST, MAX_MESSAGE_BYTES, open_socket, session_of
 from protocols.messages import PROTOCOL, Ack, Goodbye, Heartbeat, Hello, Message, StatusRequest, Welcome
+
+__all__ = ["STRIKES", "Event", "Joined", "Left", "Received", "Server"]
 
 FROM_WORKERS = frozenset(
     {
@@ -37,49 +38,6 @@ RETRY_S = 0.01
 """How soon a worker whose pipe was full is tried again."""
 
 
-class Joined(Struct, frozen=True):
-    """A worker said hello. Said again by a worker that never left, it means that the connection was made anew; what was
-    sent to it is then on its way again, without the owner."""
-
-    worker: str
-    hello: Hello
-
-
-class Received(Struct, frozen=True):
-    """A message; acknowledge its id once what it says is durable (id 0, a heartbeat or status request, wants none)."""
-
-    worker: str
-    id: int
-    message: Message
-
-
-class Left(Struct, frozen=True):
-    """A worker is gone: it said goodbye, was replaced, was silent for too long, took nothing or sent garbage."""
-
-    worker: str
-    reason: str
-
-
-Event = Joined | Received | Left
-
-
-@dataclass(slots=True)
-class _Peer:
-    worker: str
-    session: bytes
-    identity: bytes
-    delivered: int
-    """The highest id that was handed to the owner, or refused."""
-    heard: float
-    stream: int = field(default_factory=lambda: 1 + secrets.randbits(62))
-    """Tells this stream to the worker from one of an earlier peer or buffer; it goes out as the id of the welcome."""
-    last: int = 0
-    acked: int = 0
-    owed: int = 0
-    """How many acknowledgements, of consecutive ids up to `acked`, are to go out as one message."""
-    outbox: Outbox = field(default_factory=Outbox)
-
-
 class Server:
     """Binds at once. One thread only. `counters` counts messages, and refusals by reason."""
 
@@ -97,8 +55,8 @@ class Server:
         self.counters: Counter[str] = Counter()
         self._peer_timeout_s = peer_timeout_s
         self._max_message_bytes, self._max_queue_bytes = max_message_bytes, max_queue_bytes
-        self._peers: dict[str, _Peer] = {}
-        self._sessions: dict[bytes, _Peer] = {}
+        self._peers: dict[str, Peer] = {}
+        self._sessions: dict[bytes, Peer] = {}
         self._stuck: set[str] = set()
         self._owing: set[str] = set()
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
@@ -136,7 +94,7 @@ class Server:
         self._pay(peer)
         return worker in self._peers and self._queue(peer, message)
 
-    def _queue(self, peer: _Peer, message: Message) -> bool:
+    def _queue(self, peer: Peer, message: Message) -> bool:
         worker = peer.worker
         frames = encode(message, peer.last + 1)
         waiting = len(peer.outbox), peer.outbox.bytes
@@ -157,17 +115,16 @@ class Server:
             self.counters["refused"] += 1
             self.send(worker, Ack(id, refused))
         elif (peer := self._peers.get(worker)) is not None:
-            if peer.owed and id != peer.acked + 1:
+            if not peer.follows(id):
                 self._pay(peer)
-            peer.acked, peer.owed = id, peer.owed + 1
+            peer.owe(id)
             self._owing.add(worker)
 
-    def _pay(self, peer: _Peer) -> None:
+    def _pay(self, peer: Peer) -> None:
         """The acknowledgements that the owner has given go out."""
         self._owing.discard(peer.worker)
-        count, peer.owed = peer.owed, 0
-        if count:
-            self._queue(peer, Ack(peer.acked, count=count))
+        if (ack := peer.paid()) is not None:
+            self._queue(peer, ack)
 
     def close(self) -> None:
         """Closes the socket at once; what the workers have not confirmed is lost."""
@@ -215,7 +172,7 @@ class Server:
             peer.heard = time.monotonic()
             self._deliver(peer, id, message)
 
-    def _deliver(self, peer: _Peer, id: int, message: Message) -> None:
+    def _deliver(self, peer: Peer, id: int, message: Message) -> None:
         match message:
             case Ack():
                 peer.outbox.settle_through(message.id)
@@ -263,7 +220,7 @@ class Server:
                 self._forget(peer, f"calls itself {hello.name} now")
             if (former := self._peers.get(hello.name)) is not None:
                 self._replace(former)
-            peer = _Peer(hello.name, session, identity, id, time.monotonic())
+            peer = Peer(hello.name, session, identity, id, time.monotonic())
             self._peers[hello.name] = self._sessions[session] = peer
         peer.identity, peer.heard = identity, time.monotonic()
         peer.outbox.rewind()
@@ -273,14 +230,14 @@ class Server:
 
     # --- who is there -----------------------------------------------------------------------------------------------
 
-    def _replace(self, peer: _Peer) -> None:
+    def _replace(self, peer: Peer) -> None:
         """The newer of two workers of a name wins; the older is told, again if it should come back."""
         reason = f"replaced: another worker said hello as {peer.worker}"
         _remember(self._replaced, peer.session, reason)
         self._tell(peer.identity, Goodbye(reason))
         self._forget(peer, "replaced by another worker of this name")
 
-    def _forget(self, peer: _Peer, reason: str) -> None:
+    def _forget(self, peer: Peer, reason: str) -> None:
         del self._peers[peer.worker], self._sessions[peer.session]
         self._stuck.discard(peer.worker)
         self._owing.discard(peer.worker)
@@ -294,7 +251,7 @@ class Server:
 
     # --- what goes out ----------------------------------------------------------------------------------------------
 
-    def _push(self, peer: _Peer) -> None:
+    def _push(self, peer: Peer) -> None:
         """Sends what its pipe takes; the rest waits. One whose connection is gone says hello again or falls silent."""
         self._stuck.discard(peer.worker)
         try:
