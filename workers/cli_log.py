@@ -47,4 +47,19 @@ def replay(
     raise typer.Exit(replay(request, sys.argv[1:]))
 
 
-COMMANDS = (replay,)
+def compare(
+    run: Stored,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another run.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="PNG", help="Where the curves go; compare.png in OTHER if left out.")
+    ] = None,
+) -> None:
+    """Compare two runs step by step, from their logs."""
+    from rich.console import Console
+
+    from workers.compare import compare
+
+    compare(run, other, out, Console(highlight=False))
+
+
+COMMANDS = (replay, compare)
