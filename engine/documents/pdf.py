@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import struct
@@ -118,28 +119,24 @@ def read_pdf(path: Path, report: PdfReport, *, name: str | None = None) -> Itera
     report.files += 1
     unread = report.pages_without_text + report.unreadable_pages
     try:
-        pdf = pdfplumber.open(path)
+        data = io.BytesIO(path.read_bytes())
+        pages = pdfplumber.open(data).pages
     except _BROKEN as error:
         raise _refusal(path, error) from error
-    with pdf:
+    for number, source in enumerate(pages, 1):
+        report.pages += 1
         try:
-            pages = pdf.pages
+            words, boxes = _read_page(source, report)
         except _BROKEN as error:
-            raise _refusal(path, error) from error
-        for number, source in enumerate(pages, 1):
-            report.pages += 1
-            try:
-                words, boxes = _read_page(source, report)
-            except _BROKEN as error:
-                report.broken_pages += 1
-                _LOG.warning("%s: page %d: cannot be read: %r", path, number, error)
-                continue
-            finally:
-                source.close()
-            if words:
-                report.kept += 1
-                report.words += len(words)
-                yield Page(id=f"{name}-p{number:03d}", words=words, boxes=boxes, family="pdf", template=name)
+            report.broken_pages += 1
+            _LOG.warning("%s: page %d: cannot be read: %r", path, number, error)
+            continue
+        finally:
+            source.close()
+        if words:
+            report.kept += 1
+            report.words += len(words)
+            yield Page(id=f"{name}-p{number:03d}", words=words, boxes=boxes, family="pdf", template=name)
     if unread := report.pages_without_text + report.unreadable_pages - unread:
         _LOG.warning("%s: %d of %d pages hold no text that can be read: they need OCR", path, unread, len(pages))
 
