@@ -71,12 +71,15 @@ class JsonlTask(Section, frozen=True, tag="jsonl"):
 class LogTask(Section, frozen=True, tag="log"):
     """Rollouts of earlier runs as training data: `path` names one or more logs (`rollouts.db` or the folder of a run).
 
-    Groups of one of `status` are drawn with their responses, log-probabilities and grades; with `dynamic_sampling` only
-    those that are neither all right nor all wrong. Beside logs, tasks of other types give their held-out prompts alone.
+    Groups of one of `status` that have all their responses are drawn with them, their log-probabilities and grades; with
+    `dynamic_sampling` only those that are neither all right nor all wrong. In a log that was graded anew, what waits is
+    what no step has trained yet. Beside logs, tasks of other types give their held-out prompts alone.
     """
 
     path: str | list[str]
-    status: list[Literal["trained", "dropped", "waiting"]] = field(default_factory=lambda: ["trained", "dropped"])
+    status: list[Literal["trained", "dropped", "waiting"]] = field(
+        default_factory=lambda: ["trained", "dropped", "waiting"]
+    )
     dynamic_sampling: bool = True
     weight: float = 1.0
 

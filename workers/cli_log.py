@@ -62,4 +62,21 @@ def compare(
     compare(run, other, out, Console(highlight=False))
 
 
-COMMANDS = (replay, compare)
+def regrade(
+    run: Stored,
+    out: Annotated[str, typer.Option(metavar="NEW", help="The folder of the new log.")],
+    reward: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Score every task with this function.")
+    ] = None,
+    set: Settings = None,
+) -> None:
+    """Put every stored response through another reward, into a new log."""
+    from rich.console import Console
+
+    from workers.regrade import regrade
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    regrade(run, out, reward=reward, overrides=set or [], console=Console(highlight=False))
+
+
+COMMANDS = (replay, compare, regrade)

@@ -107,9 +107,8 @@ class StoredRun:
         if out is not None:
             whole = [msgspec.structs.replace(s, config=msgspec.structs.replace(s.config, steps=last)) for s in segments]
             segments = whole
-        problems = self._contradictions(segments[-1].config) if overrides else []
-        if problems:
-            raise ConfigError("\n".join(problems))
+        if overrides:
+            self.refuse(segments[-1].config)
         ranks = {segment.config.learner.ranks: segment for segment in segments}
         if len(ranks) > 1:
             raise ReplayError(
@@ -118,10 +117,11 @@ class StoredRun:
             )
         return segments
 
-    def _contradictions(self, config: Config) -> list[str]:
-        """Where the model comes from is no part of it: the replay knows that from the log."""
-        start = PathModel(str(self.start_folder()))
-        return errors(msgspec.structs.replace(config, model=start, cold_start=None))
+    def refuse(self, config: Config) -> None:
+        """Raises `ConfigError` for settings that contradict each other; where the model comes from is no part of it."""
+        problems = errors(msgspec.structs.replace(config, model=PathModel(""), cold_start=None))
+        if problems:
+            raise ConfigError("\n".join(f"{self.log.path}, with what was set: {problem}" for problem in problems))
 
     def _same_run(self, checkpoint: Path, step: int) -> None:
         """Raises `ReplayError` for a checkpoint with other weights than the log names."""
