@@ -10,6 +10,7 @@ import pytest
 
 from engine.config import dump_config, load_config, parse_config
 from engine.rewards import prepare
+from engine.tasks import prompt_tasks
 from workers.check import problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ def test_a_config_loads_and_could_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_its_tasks_can_be_scored(path: Path) -> None:
-    for task in load_config(path).tasks:
+    for task in prompt_tasks(load_config(path).tasks):
         prepare(task)
 
 

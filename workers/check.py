@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.config import Config, ConfigError, DapoObjective, NewModel, PathModel
+from engine.config import Config, ConfigError, DapoObjective, LogTask, NewModel, PathModel
 from engine.tasks import named_tasks
 from workers import contradictions, remarks
 from workers.memory import Memory, memory
@@ -95,8 +95,10 @@ def _run(config: Config) -> Section:
     model = starting_model(config)
     shape = model_shape(config) if contradictions.missing_model(config) is None else None
     name = "new" if isinstance(model, NewModel) else model.path
-    weights = sum(task.weight for task in config.tasks)
-    tasks = (f"{task} ({entry.weight / weights:.0%})" for task, entry in named_tasks(config.tasks).items())
+    named, logs = named_tasks(config.tasks), [task for task in config.tasks if isinstance(task, LogTask)]
+    weights = sum(task.weight for task in logs or named.values())
+    tasks = [f"log {task.path} ({task.weight / weights:.0%})" for task in logs]
+    tasks += [f"{name} ({'held-out only' if logs else f'{task.weight / weights:.0%}'})" for name, task in named.items()]
     lines = [
         ("name", f"{config.name}, in {config.run_dir}"),
         ("model", name + (_described(shape) if shape else ", not on this machine")),
