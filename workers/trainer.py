@@ -80,10 +80,10 @@ class Trainer:
         return int(meta["step"])
 
     def pull(self, step: int) -> tuple[m.Plan, list[m.Batch]]:
-        """The step's plan and this rank's share of every update; a plan of fewer groups makes fewer updates."""
+        """The step's plan and this rank's share of every update; a plan of fewer groups makes fewer updates, or none."""
         plan = self.feed.plan(step)
-        updates_of_step = min(self.config.learner.updates_per_step, len(plan.groups))
-        shares = assign(plan.groups, updates=updates_of_step, ranks=self.world)
+        count = min(self.config.learner.updates_per_step, len(plan.groups))
+        shares = assign(plan.groups, updates=count, ranks=self.world) if count else []
         updates = [share[self.rank] for share in shares]
         return plan, [self.feed.pull(step, groups) if groups else empty_batch(step) for groups in updates]
 
