@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from engine.documents.tags import spans
-from engine.documents.values import FINDERS, kind_of
+from engine.documents.values import value_in
 
 try:
     from seqeval.metrics import v1  # type: ignore[import-untyped]
@@ -102,5 +102,5 @@ def fields_from_tags(words: Sequence[str], tags: Sequence[str]) -> dict[str, str
     for type_, start, stop in spans(tags[: len(words)]):
         text = " ".join(words[start:stop])
         if type_ not in chosen or type_ == "total":
-            chosen[type_] = FINDERS[kind_of(type_)](text) or text
+            chosen[type_] = value_in(type_, text)
     return chosen

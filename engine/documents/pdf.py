@@ -115,21 +115,29 @@ def read_pdf(path: Path, report: PdfReport, *, name: str | None = None) -> Itera
     """Pages of one PDF that hold words, in the order in which its words are drawn. Its pages' ids are "NAME-p001" and so on,
     their family is "pdf" and their template NAME (the file's own without `name`), so that a split can go by file.
     Raises `TaskError` for a file that is encrypted or cannot be read."""
-    name = path.stem if name is None else name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        report.files += 1
+        raise TaskError(f"{path}: cannot be read: {error.strerror or error}") from error
+    yield from read_pdf_bytes(data, report, name=path.stem if name is None else name, where=str(path))
+
+
+def read_pdf_bytes(data: bytes, report: PdfReport, *, name: str, where: str) -> Iterator[Page]:
+    """As `read_pdf`, of a file's content; `where` names it in errors."""
     report.files += 1
     unread = report.pages_without_text + report.unreadable_pages
     try:
-        data = io.BytesIO(path.read_bytes())
-        pages = pdfplumber.open(data).pages
+        pages = pdfplumber.open(io.BytesIO(data)).pages
     except _BROKEN as error:
-        raise _refusal(path, error) from error
+        raise _refusal(where, error) from error
     for number, source in enumerate(pages, 1):
         report.pages += 1
         try:
             words, boxes = _read_page(source, report)
         except _BROKEN as error:
             report.broken_pages += 1
-            _LOG.warning("%s: page %d: cannot be read: %r", path, number, error)
+            _LOG.warning("%s: page %d: cannot be read: %r", where, number, error)
             continue
         finally:
             source.close()
@@ -138,14 +146,14 @@ def read_pdf(path: Path, report: PdfReport, *, name: str | None = None) -> Itera
             report.words += len(words)
             yield Page(id=f"{name}-p{number:03d}", words=words, boxes=boxes, family="pdf", template=name)
     if unread := report.pages_without_text + report.unreadable_pages - unread:
-        _LOG.warning("%s: %d of %d pages hold no text that can be read: they need OCR", path, unread, len(pages))
+        _LOG.warning("%s: %d of %d pages hold no text that can be read: they need OCR", where, unread, len(pages))
 
 
-def _refusal(path: Path, error: BaseException) -> TaskError:
+def _refusal(where: str, error: BaseException) -> TaskError:
     cause = error.args[0] if isinstance(error, PdfminerException) and error.args else error
     if isinstance(cause, PDFPasswordIncorrect):
-        return TaskError(f"{path}: is encrypted, and opens with a password only; expected a copy without one")
-    return TaskError(f"{path}: not a PDF that can be read: {type(cause).__name__}: {cause}")
+        return TaskError(f"{where}: is encrypted, and opens with a password only; expected a copy without one")
+    return TaskError(f"{where}: not a PDF that can be read: {type(cause).__name__}: {cause}")
 
 
 def _read_page(source: Any, report: PdfReport) -> tuple[list[str], list[Box]]:

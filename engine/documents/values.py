@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from typing import Literal
@@ -179,5 +178,14 @@ def _plain(number: str) -> str:
     return number.replace(",", ".")
 
 
-FINDERS: dict[Kind, Callable[[str], str | None]] = {"date": find_date, "amount": find_amount, "text": lambda text: text}
-"""From the words of an entity to the value in them: "DATE:01/02/2018" holds a date."""
+def value_in(field: str, text: str) -> str:
+    """From the words of an entity to the value in them: the date in "DATE:01/02/2018". All of `text` where it is a value as
+    it stands, or where no date or amount is found in it."""
+    match kind_of(field):
+        case "date":
+            found = find_date(text) if read_date(text) is None else None
+        case "amount":
+            found = find_amount(text) if read_amount(text) is None else None
+        case "text":
+            found = None
+    return text if found is None else found
