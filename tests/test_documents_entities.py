@@ -68,6 +68,6 @@ def test_the_scores_are_those_of_span_sets(pages: list[list[tuple[str, str]]]) -
 def test_fields_from_tags() -> None:
     words = ["ACME", "SDN", "DATE:01/02/2018", "TOTAL:4.10", "RM", "5.00", "ACME", "later"]
     tags = ["B-company", "I-company", "B-date", "B-total", "B-total", "I-total", "B-company"]
-    assert fields_from_tags(words, tags) == {"company": "ACME SDN", "date": "01/02/2018", "total": "5.00"}
+    assert fields_from_tags(words, tags) == {"company": "ACME SDN", "date": "01/02/2018", "total": "RM 5.00"}
     assert fields_from_tags(words, ["I-date", "B-total"]) == {"date": "ACME", "total": "SDN"}
     assert fields_from_tags([], []) == {}
