@@ -59,15 +59,16 @@ class Maker:
         self.feed = LogFeed(self.log, last=self.config.steps)
         self.trainer = Trainer(self.config, self.feed, rank=0, world=1, device="cpu")
 
-    def group(self, rights: list[bool], *, version: int = 0, kind: Kind = "train") -> int:
-        """A group that is generated and graded: a right response is the prompt's word backward."""
+    def group(self, rights: list[bool], *, version: int = 0, kind: Kind = "train", missing: int = 0) -> int:
+        """A group whose responses, but `missing` ones, are there and graded: a right one is the prompt's word backward."""
         group, self.next_group = self.next_group, self.next_group + 1
         word = "".join(self.random.choice(list(LETTERS), 3))
         answer = json.dumps({"answer": word[::-1], "row": {"word": word}})
         self.log.add_group(
             GroupRow(
                 group=group, kind=kind, source_index=group, task="words", prompt_id=f"words-{group}",
-                prompt=self.text.encode(f"{word} ="), prompt_text=f"{word} =", answer=answer, samples=len(rights), seed=group,
+                prompt=self.text.encode(f"{word} ="), prompt_text=f"{word} =", answer=answer, samples=len(rights) + missing,
+                seed=group,
                 min_version=version, issued_at=1000.0 + group,
             )
         )  # fmt: skip

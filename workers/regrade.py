@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,9 +100,9 @@ class Regrade:
             with Progress(0, total, "graded", unit="group") as progress:
                 for done, group in enumerate(self._graded(), start=1):
                     self._settle(group)
+                    self.watch.check()
                     if done % COMMIT_GROUPS == 0:
                         self.log.commit()
-                        self.watch.check()
                     progress.step(done)
         finally:
             self.pool.close(0.0)
@@ -158,7 +159,8 @@ class Regrade:
                 grade = self.grades.get(timeout=self.patience_s)
             except queue.Empty:
                 raise TimeoutError(f"regrade: waited {self.patience_s:.0f} s for a grade from the scorers") from None
-            self.watch.saw(grade)
+            if problem := self.watch.saw(grade):
+                print(f"regrade: {problem}", file=sys.stderr, flush=True)
             group = self.open[grade.group]
             group.grades.append(grade)
             if grade.verdict != "graded" and grade.attempt + 1 < self.config.reward.attempts:
