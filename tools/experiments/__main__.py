@@ -1,0 +1,139 @@
+"""`tools/experiments/vcppo`: the papers' component tables in small, every arm a run of the real pipeline.
+
+    tools/experiments/vcppo ladder --seeds 0 1 2          # DAPO's Table 1
+    tools/experiments/vcppo components lambda             # VC-PPO's Tables 2 and 4
+    tools/experiments/vcppo --report                      # tables and pictures of what has run so far
+
+Runs that are done are not run again, one that was cut off goes on. Everything lies in the folder `--runs`: the runs
+themselves, and for each table TABLE.json with all figures and commands, and TABLE.png with the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from engine.config import ConfigError, JsonlTask, load_config
+from tools.benchmarks.__main__ import machine
+from tools.experiments import picture, running_total
+from tools.experiments.arms import SETS, Arm, changes
+from tools.experiments.figures import Measured, measured, summarize
+from tools.experiments.runs import Experiment, execute_all
+
+BASE = "configs/running-total.toml"
+COLD_START = "configs/running-total-sft.toml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs and reports; 0, 1 when a run failed, 2 for settings that cannot be used, 130 after Ctrl-C."""
+    options = _options(arguments)
+    try:
+        base = load_config(BASE, options.set)
+        experiment = Experiment(BASE, COLD_START, options.runs, options.steps or base.steps, tuple(options.set))
+        tables = {name: SETS[name](base) for name in options.tables}
+        failed = [] if options.report else _run(experiment, tables, options.seeds)
+        for name, arms in tables.items():
+            report(experiment, name, arms, options.seeds)
+    except ConfigError as error:
+        print(f"vcppo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vcppo: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    for error in failed:
+        print(f"vcppo: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def report(experiment: Experiment, name: str, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+    """Prints a table and writes its JSON and PNG, from the runs that are done."""
+    console = Console(highlight=False, soft_wrap=True)
+    runs = [(arm, [measure(experiment, arm, seed) for seed in seeds]) for arm in arms]
+    done = [(arm, [run for run in found if run is not None]) for arm, found in runs]
+    changed = changes(experiment.base, list(arms))
+    found = summarize([(arm.name, change, runs) for (arm, runs), change in zip(done, changed, strict=True)])
+    title = f"{name}: {experiment.steps} steps, mean ± deviation over seeds, accuracies in %"
+    if found:
+        console.print(picture.table(title, found))
+    for arm, change in zip(arms, changed, strict=True):
+        console.print(f"{arm.name}: {change}")
+    if missing := [arm.name for arm, runs in done if not runs]:
+        console.print(f"not run yet: {', '.join(missing)}")
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    image, numbers = (experiment.folder / f"{name}.{kind}" for kind in ("png", "json"))
+    picture.draw(title, [(arm.name, runs) for arm, runs in done], image)
+    document = _document(experiment, done, found)
+    numbers.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    console.print(f"curves: {image}\nfigures: {numbers}")
+
+
+def measure(experiment: Experiment, arm: Arm, seed: int) -> Measured | None:
+    """A run's figures when it is done."""
+    run = experiment.run(arm, seed)
+    if not run.done:
+        return None
+    return measured(run.config.run_dir, seed=seed, command=run.command, pretrain=arm.pretrain)
+
+
+def _run(experiment: Experiment, tables: dict[str, list[Arm]], seeds: Sequence[int]) -> list[str]:
+    """Seed by seed, so that whoever stops early has whole comparisons."""
+    _write_rows()
+    arms = {arm.name: arm for arms in tables.values() for arm in arms}
+    failed = []
+    for seed in seeds:
+        cold = experiment.cold(seed)
+        failed += execute_all([cold])
+        if cold.done:
+            failed += execute_all([experiment.run(arm, seed) for arm in arms.values()])
+    return failed
+
+
+def _write_rows() -> None:
+    """The task's file, where it is not there."""
+    for task in load_config(COLD_START).tasks:
+        if isinstance(task, JsonlTask) and not Path(task.path).exists():
+            running_total.main(Path(task.path))
+
+
+def _document(experiment: Experiment, done: Sequence[tuple[Arm, list[Measured]]], found: Sequence[Any]) -> Any:
+    facts = {
+        "machine": machine(),
+        "base": experiment.base,
+        "cold_start": experiment.cold_start,
+        "settings_of_all": list(experiment.extra),
+        "steps": experiment.steps,
+        "arms": {
+            arm.name: {"settings": list(arm.settings), "critic_only_steps": arm.pretrain, "runs": runs}
+            for arm, runs in done
+        },
+        "summary": list(found),
+    }
+    return msgspec.to_builtins(facts)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/experiments/vcppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(SETS)} (all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the policy, in every arm")
+    parser.add_argument("--runs", type=Path, default=Path("runs/vcppo"), metavar="DIR")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all arms")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.tables) - set(SETS)):
+        parser.error(f"TABLE: got {', '.join(unknown)}, expected some of {', '.join(SETS)}")
+    options.tables = options.tables or list(SETS)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
