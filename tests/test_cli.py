@@ -100,6 +100,8 @@ def test_help_lists_every_command_and_loads_nothing_heavy(folder: Path) -> None:
         (("check", "trial.toml", "--set", "steps"), "expected section.key=value"),
         (("buffer", "trial.toml", "--set", "steps='many'"), "Expected `int`, got `str` - at `$.steps`"),
         (("launch", "trial.toml", "--set", "steps=0"), "steps"),
+        (("launch", "trial.toml", "--set", "learner.rate=1"), "unknown field `rate` - at `$.learner`"),
+        (("launch", "trial.toml", "--set", "buffer.samples_per_group=1"), "no step would ever start"),
         (("launch", "trial.toml", "--set", "model={type='path', path='nosuch'}"), "nosuch"),
         (("generator", "trial.toml"), "runs/trial/address: not there"),
         (("learner", "trial.toml"), "--join tcp://HOST:PORT"),

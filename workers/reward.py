@@ -15,7 +15,7 @@ import time
 
 from engine.config import Config
 from engine.tasks import named_tasks
-from protocols.link import Client, LinkError, LinkTimeout
+from protocols.link import Client, LinkError, LinkRefused, LinkTimeout
 from protocols.messages import Ack, Announce, Goodbye, Grade, GradeTask, Hello
 from workers.scorer import ScorerError
 from workers.scorer_pool import ScorerPool
@@ -31,8 +31,8 @@ IDLE_S, GRADE_S, STATUS_S = 0.5, 0.02, 1.0
 
 
 def run(config: Config, join: str, name: str | None = None, *, gone_s: float = GONE_S) -> int:
-    """Scores until the buffer says goodbye or SIGTERM comes: 0 then; 1 when the buffer is gone or refuses this worker;
-    2 when the run's tasks cannot be scored, so that starting anew cannot help."""
+    """Scores until the buffer says goodbye or SIGTERM comes: 0 then; 1 when the buffer is gone; 2 when it refuses this
+    worker or the run's tasks cannot be scored, so that starting anew cannot help."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -57,7 +57,7 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
         finally:
             client.close()
     except LinkError as error:
-        return _fail(name, error, 1)
+        return _fail(name, error, 2 if isinstance(error, LinkRefused) else 1)
     finally:
         pool.close(0.0)
 
