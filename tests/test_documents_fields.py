@@ -132,6 +132,7 @@ def test_garbage_gives_fields_or_none_and_never_raises(text: str) -> None:
         ("", {}),
         ('{"total": ' + "9" * 5000 + "}", {}),
         ('{"a":' * 3000, {}),
+        ('{"total": "1"} {"a": ' + "[" * 90_000, {"total": "1"}),
         ('{"total": "1"} {}', {}),
     ],
 )
@@ -159,5 +160,7 @@ def test_it_is_a_scoring_function_of_a_task() -> None:
     result = score(task, '{"total": "RM 7.1"}', document)
     assert (result.correct, result.reward) == (False, pytest.approx(2 / 3))
     assert result.parts == {"precision": 1.0, "recall": 0.5}
+    more = score(task, '{"total": "7.10", "date": "29 MAR 2018", "tax": "1"}', document)
+    assert (more.correct, more.reward) == (False, pytest.approx(4 / 5))
     with pytest.raises(RewardError, match=r"row\.fields: expected an object of texts"):
         grade("{}", {"row": {"text": 1}})

@@ -39,6 +39,7 @@ def test_pages_come_back_from_a_file(tmp_path: Path, name: str) -> None:
     [
         ({"boxes": [[0, 0, 1, 1]]}, r"boxes: got 1, expected one for each of the 2 words"),
         ({"boxes": [[0, 0, 1, 1], [0, 5, 1001, 6]]}, r"boxes\[1\]: got \(0, 5, 1001, 6\), expected"),
+        ({"boxes": [[-1, 0, 1, 1], [0, 5, 1, 6]]}, r"boxes\[0\]: got \(-1, 0, 1, 1\)"),
         ({"boxes": [[0, 0, 1, 1], [0, 7, 1, 6]]}, r"boxes\[1\]: got \(0, 7, 1, 6\)"),
         ({"tags": ["B_total", "O"]}, r"tags\[0\]: got 'B_total', expected 'O', 'B-TYPE' or 'I-TYPE'"),
         ({"tags": ["O", "I-total"]}, r"tags\[1\]: got 'I-total' after 'O', expected 'B-total'"),
@@ -98,11 +99,16 @@ def test_spans_share_no_word() -> None:
         tags_of([Span("a", 0, 2), Span("b", 1, 3)], 3)
 
 
-def test_rows_of_a_slightly_turned_scan() -> None:
+@pytest.mark.parametrize("slope", [0, 1 / 40, 1 / 30, -1 / 30])
+def test_rows_of_a_slightly_turned_scan(slope: float) -> None:
     boxes = [
-        (x, 100 + x // 40 + 30 * line, x + 80, 120 + x // 40 + 30 * line) for line in (1, 0) for x in (400, 0, 200)
+        (x, 100 + slope * x + 30 * line, x + 80, 120 + slope * x + 30 * line) for line in (1, 0) for x in (400, 0, 200)
     ]
     assert rows(boxes) == [[4, 5, 3], [1, 2, 0]]
+
+
+def test_rows_that_touch_stay_apart() -> None:
+    assert rows([(0, 0, 9, 20), (0, 17, 9, 37), (20, 1, 29, 21), (20, 18, 29, 38)]) == [[0, 2], [1, 3]]
 
 
 def test_flat_boxes_have_rows_too() -> None:

@@ -185,16 +185,23 @@ def test_pages_without_words(tmp_path: Path) -> None:
 
 
 def test_pages_whose_font_maps_no_text_need_ocr_too(tmp_path: Path) -> None:
-    path = draw(tmp_path / "a.pdf", lambda canvas: canvas.drawString(50, 100, "secret words"))
-    data = path.read_bytes()
-    old = b"/BaseFont /Helvetica /Encoding /WinAnsiEncoding /Name /F1 /Subtype /Type1 /Type /Font"
-    assert data.count(old) == 1, "reportlab writes its font otherwise now"
-    new = b"/BaseFont /X /Encoding /Identity-H /Subtype /Type0 /Type /Font /DescendantFonts []"
-    path.write_bytes(data.replace(old, new.ljust(len(old))))
+    """Glyph numbers of an embedded font, without a table that says which letters they are."""
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 400 300] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        "<< /Length 62 >>\nstream\nBT /F1 10 Tf 50 100 Td <004100420043> Tj 60 0 Td <00440045> Tj ET\nendstream",
+        "<< /Type /Font /Subtype /Type0 /BaseFont /X /Encoding /Identity-H /DescendantFonts [6 0 R] >>",
+        "<< /Type /Font /Subtype /CIDFontType2 /BaseFont /X /DW 500 /CIDSystemInfo << /Registry (Adobe) /Ordering (Identity) "
+        "/Supplement 0 >> /FontDescriptor << /Type /FontDescriptor /FontName /X /Ascent 800 /Descent -200 >> >>",
+    ]
+    body = "".join(f"{number} 0 obj\n{text}\nendobj\n" for number, text in enumerate(objects, 1))
+    path = tmp_path / "a.pdf"
+    path.write_text(f"%PDF-1.4\n{body}trailer << /Root 1 0 R >>\n%%EOF")
     report = PdfReport()
     assert read(path, report) == []
-    assert report.kept == 0
-    assert report.unreadable_pages + report.broken_pages + report.pages_without_text + report.empty_pages == 1
+    assert (report.kept, report.unreadable_pages, report.broken_pages) == (0, 1, 0)
+    assert "1 pages hold no text that can be read: run OCR" in report.summary()
 
 
 def encrypted(path: Path, user: str) -> Path:

@@ -120,6 +120,16 @@ def test_the_total_without_a_row_of_its_name_is_the_last() -> None:
     assert tag_fields(words, lines, {"total": "5.00"})[0].index("B-total") == 2
 
 
+def test_a_row_of_tax_or_a_longer_number_is_not_the_total() -> None:
+    words, lines = lines_of(["TOTAL 5.00", "TAX TOTAL 5.00", "CASH 5.00"])
+    assert tag_fields(words, lines, {"total": "5.00"})[0].index("B-total") == 1
+    words, lines = lines_of(["AMOUNT 4.10", "CASH 14.10"])
+    assert tag_fields(words, lines, {"total": "4.10"})[0].index("B-total") == 1
+    words, lines = lines_of(["AMOUNT 5.10", "CASH 14.10"])
+    tags, counts = tag_fields(words, lines, {"total": "4.10"})
+    assert (tags.index("B-total"), counts) == (3, {"total": 1}), "found, if only within another"
+
+
 def test_no_word_has_two_fields() -> None:
     words, lines = lines_of(["ACME 1 ROAD", "ACME"])
     tags, counts = tag_fields(words, lines, {"address": "1 ROAD", "company": "ACME 1", "note": "ACME"})

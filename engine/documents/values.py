@@ -179,11 +179,11 @@ def _plain(number: str) -> str:
 
 
 def value_in(field: str, text: str) -> str:
-    """From the words of an entity to the value in them: the date in "DATE:01/02/2018". All of `text` where it is a value as
-    it stands, or where no date or amount is found in it."""
+    """From the words of an entity to the value in them: the first date in "DATE:01/02/2018"; the amount that they are, with its
+    currency and sign, else the last one in "TOTAL:20.50". All of `text` where there is none."""
     match kind_of(field):
         case "date":
-            found = find_date(text) if read_date(text) is None else None
+            found = find_date(text)
         case "amount":
             found = find_amount(text) if read_amount(text) is None else None
         case "text":
