@@ -162,11 +162,11 @@ def test_arms_share_all_but_the_objective_the_critic_and_the_reward(table: str) 
         assert arm.needs_critic == ("critic" in keys)
 
 
-def test_arms_start_from_their_seeds_cold_start(tmp_path: Path) -> None:
+def test_arms_start_from_the_cold_start(tmp_path: Path) -> None:
     experiment = Experiment(BASE, COLD_START, tmp_path, 40)
     for arm in (arm for table in SETS.values() for arm in table(load_config(BASE))):
         config = experiment.run(arm, 3).config
-        assert config.model.path.startswith(str(tmp_path / "cold-start-s3" / "checkpoints"))  # type: ignore[union-attr]
+        assert config.model.path.startswith(str(tmp_path / "cold-start" / "checkpoints"))  # type: ignore[union-attr]
         assert (config.seed, config.steps, config.name) == (3, 40 + arm.pretrain, f"{arm.name}-s3")
         assert not config.cold_start
         if not arm.needs_critic:

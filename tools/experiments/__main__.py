@@ -86,13 +86,8 @@ def _run(experiment: Experiment, tables: dict[str, list[Arm]], seeds: Sequence[i
     """Seed by seed, so that whoever stops early has whole comparisons."""
     _write_rows()
     arms = {arm.name: arm for arms in tables.values() for arm in arms}
-    failed = []
-    for seed in seeds:
-        cold = experiment.cold(seed)
-        failed += execute_all([cold])
-        if cold.done:
-            failed += execute_all([experiment.run(arm, seed) for arm in arms.values()])
-    return failed
+    failed = execute_all([experiment.cold])
+    return failed or execute_all([experiment.run(arm, seed) for seed in seeds for arm in arms.values()])
 
 
 def _write_rows() -> None:

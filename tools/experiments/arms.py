@@ -1,6 +1,6 @@
 """What is compared: each arm is the base config with some settings changed, as data.
 
-All arms share steps, batch, learning rate and the starting policy of their seed; an arm's settings are all that differs.
+All arms share steps, batch, learning rate and the starting policy; an arm's settings are all that differs.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Spread(Struct, frozen=True):
 
 
 class Summary(Struct, frozen=True):
-    """An arm over its seeds; `gain` is the end's difference to the arm above, paired by seed (same starting policy)."""
+    """An arm over its seeds; `gain` is the end's difference to the arm above, paired by seed (same order of prompts)."""
 
     arm: str
     changes: str

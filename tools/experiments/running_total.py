@@ -1,6 +1,6 @@
 """A task with long responses for small models: adding the same two digits again and again, line by line.
 
-    prompt      37+58,d:        from 3 and 7, add 5 and 8 in the lines d to a; both digits by themselves, modulo 10
+    prompt      37+58,d:        from 3 and 7, add 5 and 8 in the lines d to a; each digit by itself, modulo 10
     solution    d37+58=85
                 c85+58=33
                 b33+58=81

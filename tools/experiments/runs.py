@@ -32,13 +32,14 @@ class Experiment(Struct, frozen=True):
     steps: int
     extra: tuple[str, ...] = ()
 
-    def cold(self, seed: int) -> Run:
-        """The run that makes a seed's starting policy."""
-        return self._run(self.cold_start, f"cold-start-s{seed}", [f"seed={seed}"])
+    @property
+    def cold(self) -> Run:
+        """The run that makes the starting policy of all arms and seeds."""
+        return self._run(self.cold_start, "cold-start", [])
 
     def run(self, arm: Arm, seed: int) -> Run:
-        """An arm's run from its seed's cold start; critic-only steps come on top of the policy's."""
-        start = self.cold(seed).config
+        """An arm's run from the cold start; critic-only steps come on top of the policy's."""
+        start = self.cold.config
         policy = start.run_dir / "checkpoints" / f"step-{start.steps:06d}"
         settings = [
             f"seed={seed}",
