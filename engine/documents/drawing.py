@@ -119,7 +119,8 @@ class Sheet:
         return start, y
 
     def flow(self, parts: Sequence[Part], x: float, y: float, width: float) -> float:
-        """Running text, wrapped to `width`, in which some parts are values. Returns the next line's `y`."""
+        """Running text, wrapped to `width`, in which some parts are values; a full stop or comma at a value's end is the
+        sentence's. Returns the next line's `y`."""
         place = x
         for text, field in parts:
             start = len(self.words)
@@ -129,7 +130,7 @@ class Sheet:
                 self.words.append(Word(word, place, y, self.style.font, self.style.size))
                 place += self.width(f"{word} ")
             if field is not None:
-                self._value(field, text, start)
+                self._value(field, text.rstrip(".,"), start)
         return y + self.style.leading
 
     def rule(self, y: float, x0: float | None = None, x1: float | None = None) -> None:
