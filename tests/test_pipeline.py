@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,31 @@ def test_resume_goes_on_from_the_log_and_an_old_run_is_not_overwritten(runs: Pat
         assert len(groups) == len(set(groups)), "a prompt of the stream was drawn twice"
     lines = (runs / "second" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [row["step"] for row in map(json.loads, lines) if "step" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def replay(run: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "workers.cli", "replay", str(run), "--verify"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_replay_comes_to_the_weights_that_the_log_names(runs: Path) -> None:
+    """The run that was continued, whose steps have two configs."""
+    found = replay(runs / "second")
+    assert found.returncode == 0, found.stderr + found.stdout
+    assert "6 steps verified (1 to 6)" in found.stdout
+
+
+def test_replay_of_a_learner_with_two_ranks(runs: Path) -> None:
+    done = launch(str(runs / "second.toml"), "--set", "name=ranks", "--set", "learner.ranks=2", "--set", "steps=2")
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = replay(runs / "ranks")
+    assert found.returncode == 0, found.stderr + found.stdout
+    assert "2 steps verified (1 to 2)" in found.stdout
+    with sqlite3.connect(runs / "ranks" / "rollouts.db") as connection:
+        connection.execute(
+            "UPDATE grades SET reward = 9 WHERE (group_id, sample) = (SELECT group_id, 0 FROM plan LIMIT 1)"
+        )
+    connection.close()
+    found = replay(runs / "ranks")
+    assert found.returncode == 1, found.stderr + found.stdout
+    assert "step 1 differs" in found.stdout
