@@ -1,9 +1,9 @@
 """vLLM as an engine that is stepped: the only module of this process that imports vLLM.
 
 The scheduler runs here, between our own calls, so nothing happens while weights are exchanged; the model runs in one
-worker process for each rank of tensor parallelism. Workers watch a pipe that this process holds and end when it ends,
-even by SIGKILL. Whatever goes wrong in vLLM becomes `EngineLost`, and an engine that was lost is not used again: after a
-call that was not answered in time the next one would get its answer.
+worker process for each rank of tensor parallelism, which ends when this one ends, even by SIGKILL. Whatever goes wrong in
+vLLM becomes `EngineLost`, and an engine that was lost is not used again: after a call that was not answered in time the
+next one would get its answer.
 """
 
 from __future__ import annotations

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -16,12 +20,26 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
-from engine.generate_vllm_requests import DRAWS
+from engine.generate_vllm_requests import DRAWS, Draws
 from engine.generate_vllm_stage import Stage
 from engine.sampling import draw, uniforms
 
 PROBES = 8
 """Hidden dimensions of the output layer that are read back after an update."""
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the generator's main thread ends. vLLM's workers watch a pipe for that, but when the
+    generator was killed the loop that takes calls goes on, at 100 % of a core (vLLM 0.32)."""
+    parent = multiprocessing.parent_process()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if parent is not None and os.getppid() != parent.pid:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class WorkerExtension:
@@ -97,17 +115,14 @@ class CounterSampler(Sampler):
     ) -> SamplerOutput:
         """`logits` [N, V], one row for each request of the batch."""
         requests = [self._runner.requests[name] for name in self._runner.input_batch.req_ids]
-        key, made, temperature, top_p, top_k = (
-            np.array(column)
-            for column in zip(*(request.sampling_params.extra_args[DRAWS] for request in requests), strict=True)
-        )
-        made = made + np.array([len(request.output_token_ids) for request in requests])
+        draws = [Draws(*request.sampling_params.extra_args[DRAWS]) for request in requests]
+        made = [how.made + len(request.output_token_ids) for how, request in zip(draws, requests, strict=True)]
         tokens, logprobs = draw(
             logits,
-            uniforms(key.astype(np.uint64), made),
-            temperature=temperature.astype(np.float32),
-            top_p=top_p.astype(np.float32),
-            top_k=top_k,
+            uniforms(np.array([how.key for how in draws], dtype=np.uint64), np.array(made)),
+            temperature=np.array([how.temperature for how in draws], dtype=np.float32),
+            top_p=np.array([how.top_p for how in draws], dtype=np.float32),
+            top_k=np.array([how.top_k for how in draws]),
         )
         chosen = tokens.to(torch.int32)[:, None]
         ranks = torch.zeros_like(tokens)
@@ -121,3 +136,6 @@ class CounterSampler(Sampler):
         also counts each token's rank, and compiles a kernel for that: 13 s at the first call on a CPU."""
         chosen = token_ids[:, None]
         return LogprobsTensors(chosen.to(torch.int32), logprobs.gather(-1, chosen), torch.zeros_like(token_ids))
+
+
+die_with_parent()  # here, since vLLM imports this before anything that takes long, and calls nothing of it so early
