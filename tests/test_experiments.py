@@ -17,7 +17,7 @@ from tools.experiments import picture, running_total
 from tools.experiments.__main__ import BASE, COLD_START, main, report
 from tools.experiments.arms import SETS, Arm, differences
 from tools.experiments.figures import Curve, Measured, measured, over_seeds, summarize
-from tools.experiments.runs import Experiment
+from tools.experiments.runs import Experiment, RunFailed
 from workers.check import problems
 from workers.metrics import MetricsWriter
 
@@ -177,6 +177,14 @@ def test_commands_say_what_is_run(tmp_path: Path) -> None:
     command = Experiment(BASE, COLD_START, tmp_path, 40).run(SETS["ladder"](load_config(BASE))[1], 0).command
     assert command.startswith("headrace launch configs/running-total.toml --set ")
     assert "objective.overlong_filter=true" in command
+
+
+def test_a_run_that_cannot_start_is_named_with_its_words(tmp_path: Path) -> None:
+    experiment = Experiment(BASE, COLD_START, tmp_path, 40)  # there is no cold start
+    run = experiment.run(SETS["ladder"](load_config(BASE))[0], 0)
+    with pytest.raises(RunFailed, match=r"(?s)grpo-s0: exit code 2; .*cold-start"):
+        run.execute()
+    assert not run.done
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
