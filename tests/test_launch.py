@@ -155,11 +155,18 @@ def test_a_worker_that_keeps_dying_ends_the_run_with_its_last_lines(trial: Trial
 
 def test_one_generator_of_two_may_be_lost(trial: Trial) -> None:
     fake = {"expect": ["learner", "generator-0"], "generator-1": ["crash"]}
-    process = trial.start(fake, overrides=("generator.count=2", "steps=60"))
-    wait_for("three starts of generator-1", lambda: len(trial.starts("generator-1")) == 3)
+    process = trial.start(fake, overrides=("generator.count=2", "steps=5000"))
+    diary = trial.run_dir / "logs" / "launch.log"
+    wait_for(
+        "the loss of generator-1", lambda: diary.exists() and "goes on with generator-0" in diary.read_text(), 60.0
+    )
+    assert len(trial.starts("generator-1")) == 3
+    steps = trial.steps()
+    wait_for("steps after that", lambda: trial.steps() > steps)
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "the run goes on with generator-0" in out
+    assert process.returncode == 130
+    assert "generator-1 ended 3 times; the run goes on with generator-0" in out
 
 
 def test_a_role_that_refuses_its_config_is_not_started_again(trial: Trial) -> None:
