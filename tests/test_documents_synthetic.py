@@ -82,6 +82,13 @@ def test_splits_share_no_template_and_no_value(pages: dict[Split, list[Page]]) -
         assert not values[0] & values[1] | values[0] & values[2] | values[1] & values[2], field
 
 
+@pytest.mark.parametrize("draw", ["company", "person", "day", "cents"])
+def test_what_a_split_draws_no_other_draws(draw: str) -> None:
+    look = style("invoice", 0)
+    train, dev, test = ({getattr(Values(split, str(n), look), draw)() for n in range(300)} for split in SPLITS)
+    assert not train & dev | train & test | dev & test
+
+
 def test_templates_held_out_are_a_quarter_and_a_family() -> None:
     train, test = templates("train"), templates("test")
     assert len(train) == (len(FAMILIES) - 1) * TEMPLATES * 3 // 4
@@ -161,6 +168,18 @@ def test_reading_without_layout_is_right_on_one_twin_at_most(pages: dict[Split, 
     assert text_only_ceiling([]) == 1.0
     with pytest.raises(ValueError, match="page a: has no tags"):
         text_only_ceiling([Page(id="a", words=[], boxes=[])])
+
+
+def test_the_order_of_words_says_nothing_about_their_places() -> None:
+    pages = [page for page in synthesize("train", 120, seed=5, decisive=1.0) if page.id.endswith("-a")]
+    first_key_leads = first_value_leads = 0
+    for page in pages:
+        (key, value), (other_key, other_value) = sorted(page.links)
+        first_key_leads += page.boxes[key][:2] < page.boxes[other_key][:2]
+        value, other_value = sorted((value, other_value))
+        first_value_leads += page.boxes[value][:2] < page.boxes[other_value][:2]
+    assert 0.25 < first_key_leads / len(pages) < 0.75
+    assert 0.25 < first_value_leads / len(pages) < 0.75
 
 
 def test_a_reader_of_places_is_right_on_both_twins() -> None:
