@@ -1,4 +1,5 @@
-"""Checkpoints: a Hugging Face folder that `transformers` loads unchanged, plus the optimizer's state.
+"""Checkpoints: a Hugging Face folder that `transformers` loads unchanged, plus the optimizer's state. A critic has the same
+in a folder of its own within.
 
 A folder gets its name only when every byte of it is on disk, so one with a checkpoint's name is whole. The digests in
 `headrace.json` catch what happened to its files later.
@@ -11,7 +12,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.critic import FOLDER as CRITIC
+from engine.critic import folder_settings
 from engine.models import named_weights
 
 WEIGHTS, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "headrace.json"
@@ -35,6 +39,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, is damaged, or belongs to another model."""
 
 
+@dataclass(frozen=True)
+class CriticPart:
+    """A critic for a checkpoint; `source_folder` is where its tokenizer and its config are copied from."""
+
+    model: PreTrainedModel
+    source_folder: Path
+    optimizer: Mapping[str, Tensor]
+
+
 def save_checkpoint(
     root: Path,
     step: int,
@@ -43,6 +56,7 @@ def save_checkpoint(
     source_folder: str | Path,
     optimizer: Mapping[str, Tensor],
     meta: Mapping[str, Any],
+    critic: CriticPart | None = None,
 ) -> Path:
     """Write ROOT/step-NNNNNN and return it; one of that name is replaced.
 
@@ -51,23 +65,35 @@ def save_checkpoint(
     it is left then, and older checkpoints are as they were.
     """
     final = root / f"step-{step:06d}"
-    temporary: Path | None = None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=root))
-        weights = named_weights(model)
-        _copy_source(Path(source_folder), temporary, weights)
-        save_file(_owned(weights), temporary / WEIGHTS, metadata={"format": "pt"})
-        save_file(_owned(optimizer), temporary / OPTIMIZER)
-        files = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+
+    def write(folder: Path) -> None:
+        names = [WEIGHTS, OPTIMIZER]
+        _write_model(folder, model, Path(source_folder), {})
+        save_file(_owned(optimizer), folder / OPTIMIZER)
+        if critic is not None:
+            names += [f"{CRITIC}/{WEIGHTS}", f"{CRITIC}/{OPTIMIZER}"]
+            (folder / CRITIC).mkdir()
+            _write_model(folder / CRITIC, critic.model, critic.source_folder, folder_settings(critic.model))
+            save_file(_owned(critic.optimizer), folder / CRITIC / OPTIMIZER)
+        files = {name: _digest(folder / name) for name in names}
         document = {"format": FORMAT, "files": files, "meta": {"step": step, **meta}}
-        (temporary / META).write_text(json.dumps(document, indent=1), encoding="utf-8")
-        _publish(temporary, final)
-    except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final}: cannot be written: {error}") from error
+        (folder / META).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+    _write_whole(final, write, f"checkpoint {final}")
     return final
+
+
+def save_critic(folder: Path, critic: PreTrainedModel, source_folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a critic's Hugging Face folder; `write` adds more files to it before it gets its name. Raises
+    `CheckpointError` when the disk does not take it, or there is a folder of that name."""
+    if folder.exists():
+        raise CheckpointError(f"critic {folder}: exists already")
+
+    def both(temporary: Path) -> None:
+        _write_model(temporary, critic, source_folder, folder_settings(critic))
+        write(temporary)
+
+    _write_whole(folder, both, f"critic {folder}")
 
 
 def latest_checkpoint(root: Path, *, until: int | None = None) -> Path | None:
@@ -85,19 +111,27 @@ def load_checkpoint(
     tensor that differs in name or shape.
     """
     document = _read_meta(path)
-    loaded = []
-    for name in (WEIGHTS, OPTIMIZER):
-        expected, got = document["files"][name], _digest(path / name)
-        if got != expected:
-            raise CheckpointError(f"checkpoint {path}: {name} is damaged: got {got}, expected {expected}")
-        try:
-            loaded.append(load_file(path / name))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path}: {name} cannot be read: {error}") from error
-    weights, optimizer = loaded
+    weights, optimizer = (_read_tensors(path, name, document["files"]) for name in (WEIGHTS, OPTIMIZER))
     if like is not None:
         _check_same(path, weights, like)
     return weights, optimizer, document["meta"]
+
+
+def load_critic_checkpoint(
+    path: Path, *, like: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, optimizer tensors) of the critic in one checkpoint, on the CPU. Raises `CheckpointError` as
+    `load_checkpoint` does, and for a checkpoint of a run that had no critic."""
+    files = _read_meta(path)["files"]
+    names = (f"{CRITIC}/{WEIGHTS}", f"{CRITIC}/{OPTIMIZER}")
+    if missing := [name for name in names if name not in files]:
+        raise CheckpointError(
+            f"checkpoint {path}: it has no critic ({missing[0]} is not among its files); expected one of a run that trains one"
+        )
+    weights, optimizer = (_read_tensors(path, name, files) for name in names)
+    if like is not None:
+        _check_same(path / CRITIC, weights, like)
+    return weights, optimizer
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
@@ -124,6 +158,16 @@ def _check_same(path: Path, weights: Mapping[str, Tensor], like: Mapping[str, Te
             raise CheckpointError(f"checkpoint {path}: of another model: {name}: got {got}, expected {expected}")
 
 
+def _read_tensors(path: Path, name: str, files: Mapping[str, str]) -> dict[str, Tensor]:
+    expected, got = files[name], _digest(path / name)
+    if got != expected:
+        raise CheckpointError(f"checkpoint {path}: {name} is damaged: got {got}, expected {expected}")
+    try:
+        return load_file(path / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path}: {name} cannot be read: {error}") from error
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         document = json.loads((path / META).read_text(encoding="utf-8"))
@@ -135,7 +179,28 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return document
 
 
-def _copy_source(source: Path, target: Path, weights: Mapping[str, Tensor]) -> None:
+def _write_whole(final: Path, write: Callable[[Path], None], where: str) -> None:
+    """What `write` puts into a folder gets its name when it is on disk, or is gone."""
+    temporary: Path | None = None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        write(temporary)
+        _publish(temporary, final)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{where}: cannot be written: {error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_model(folder: Path, model: PreTrainedModel, source: Path, settings: Mapping[str, Any]) -> None:
+    weights = named_weights(model)
+    _copy_source(source, folder, weights, settings)
+    save_file(_owned(weights), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _copy_source(source: Path, target: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     for file in sorted(source.iterdir()):
         ours = file.name.startswith("headrace") or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in _COPIED and not ours:
@@ -143,7 +208,7 @@ def _copy_source(source: Path, target: Path, weights: Mapping[str, Tensor]) -> N
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # its older name; `transformers` loads in the dtype that stands here
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (target / "config.json").write_text(json.dumps(config | settings, indent=2), encoding="utf-8")
 
 
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +235,7 @@ def _digest(file: Path) -> str:
 
 def _publish(temporary: Path, final: Path) -> None:
     temporary.chmod(0o755)
-    for path in [*temporary.iterdir(), temporary]:
+    for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     if final.exists():
         replaced = final.with_name(f".{final.name}-replaced")

@@ -3,116 +3,206 @@
 One rollout step is one or more updates. Each update's gradient is that of one loss over all of its tokens, whatever their
 split: micro-batches of packed rows add to it one after another, ranks are summed at the end, and the denominators were
 counted over all ranks before. A rank without data in an update still takes part in its collectives.
+
+With a critic, each update is one of the policy and one of the critic, on the same packed rows. The first steps may train
+the critic alone.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from engine.config import Config
+from engine.config import Config, CriticConfig, LearnerConfig
+from engine.critic import token_values
 from engine.host_memory import return_freed_tensors
+from engine.level_off import Pretraining
 from engine.logprobs import token_logprobs
-from engine.models import hidden_states, named_weights, output_weight
-from engine.objectives import Targets, make_objective
+from engine.models import hidden_states, output_weight
+from engine.objectives import Objective, Sums, Targets, make_objective, make_pretraining
 from engine.optimizer import Optimizer
 from engine.packing import Pack, pack
+from engine.trained_model import NonFiniteError, Ranks, TrainedModel
 from protocols.messages import Batch
+
+__all__ = ["NonFiniteError", "TorchLearner"]
 
 LARGE_MODEL = 32_000_000
 """Parameters from which on a CPU learner's memory counts for more than the time that fresh pages cost."""
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is not finite; the weights are still those before the update."""
+@dataclass(frozen=True)
+class Update:
+    """This rank's share of one update. `counts` are over all ranks; `old` is empty where the policy is that of the start."""
+
+    batch: Batch
+    packs: list[Pack]
+    targets: Targets
+    counts: np.ndarray
+    old: list[Tensor]
 
 
 class TorchLearner:
-    """Trains `model` in place. `rank`, `world` and `process_group` (None: the default group) place this process."""
+    """Trains `model`, and `critic` where the objective has one, in place. `rank`, `world` and `process_group` (None: the
+    default group) place this process. `model` is None where only the critic is ever trained."""
 
     def __init__(
         self,
         config: Config,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         *,
+        critic: PreTrainedModel | None = None,
         rank: int = 0,
         world: int = 1,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.settings, self.model, self.rank, self.world, self.group = config.learner, model, rank, world, process_group
-        self.device = output_weight(model).device
+        models = [found for found in (model, critic) if found is not None]
+        self.settings, self.model, self.ranks = config.learner, model, Ranks(rank, world, process_group)
+        self.device = next(models[0].parameters()).device
         # Rollouts carry log-probabilities of the temperature-scaled softmax; the same distribution is trained.
         self.temperature = config.generator.sampling.temperature if config.generator else 1.0
-        self.objective = make_objective(config)
-        if self.settings.gradient_checkpointing:
-            _checkpoint_layers(model)
-        if self.device.type == "cpu" and model.num_parameters() >= LARGE_MODEL:
+        self.objective, self.value_objective = make_objective(config), make_pretraining(config)
+        self.pretraining = Pretraining(config.critic if critic is not None else None)
+        if self.device.type == "cpu" and max(found.num_parameters() for found in models) >= LARGE_MODEL:
             return_freed_tensors()
-        self.optimizer = Optimizer(
-            named_weights(model),
-            lr=self.settings.lr,
-            betas=self.settings.betas,
-            weight_decay=self.settings.weight_decay,
-        )
+        self.policy: TrainedModel | None = None
+        self.critic: TrainedModel | None = None
+        if model is not None and self.objective.policy_loss is not None:
+            self.policy = self._trained("policy", model, config.learner)
+        if critic is not None and config.critic is not None:
+            self.critic = self._trained("critic", critic, config.critic)
+        if self.objective.value_loss is not None and self.critic is None:
+            raise ValueError(
+                f"objective {config.objective.__struct_config__.tag}: got no critic, expected one to train"
+            )
 
     def step(self, step: int, updates: list[Batch]) -> dict[str, float]:
         """Train rollout step `step` (from 1) on this rank's share of each of its updates; the step's metrics, the same on
         every rank. Raises `NonFiniteError` before anything not finite reaches the weights."""
-        targets = [self.objective.prepare(batch, step) for batch in updates]
-        packs = [pack(batch, token_budget=self.settings.token_budget, device=self.device) for batch in updates]
-        counts = self._sum(np.array([target.count for target in targets]))
-        totals = _Totals({**_SUMS, **self.objective.sums}, self.device)
-        old: list[list[Tensor]] = [[] for _ in updates]
-        if self.objective.recompute_old:  # the first update starts from the policy itself
-            old[1:] = [[self._old_logprobs(pack) for pack in update] for update in packs[1:]]
-        lr = self.settings.lr * min(1.0, step / max(1, self.settings.warmup_steps))
-        losses, norms = [], []
-        for index, batch in enumerate(updates):
-            totals.add(_batch_sums(batch, targets[index], packs[index]))
-            totals.add(targets[index].sums)
-            if counts[index] == 0:
+        objective = self.objective if self.pretraining.over else self.value_objective
+        totals = _Totals({**_SUMS, **objective.sums}, self.device)
+        prepared = self._prepare(objective, step, updates)
+        rates = self._rates(objective, step)
+        losses: dict[str, list[tuple[float, float]]] = {name: [] for name in rates}
+        for index, update in enumerate(prepared):
+            totals.add(_batch_sums(update.batch, update.targets, update.packs))
+            totals.add(update.targets.sums)
+            if update.counts[0] == 0:
                 continue  # every token of the update is masked, on every rank: there is nothing to learn from
-            loss = self._backward(packs[index], targets[index], old[index], float(counts[index]), totals)
-            norm = self._check(loss, f"step {step}, update {index + 1} of {len(updates)}")
-            self.optimizer.step(lr, norm=norm, clip=self.settings.grad_clip)
-            losses.append(loss)
-            norms.append(norm)
-        trained = {"loss": _mean(losses), "grad_norm": _mean(norms), "lr": lr, "updates": float(len(losses))}
-        return trained | self._metrics(totals)
+            where = f"step {step}, update {index + 1} of {len(updates)}"
+            for name, found in self._train(objective, update, rates, where, totals).items():
+                losses[name].append(found)
+        metrics = {"updates": float(max(map(len, losses.values()), default=0))}
+        for name, (loss, norm, lr) in _NAMES.items():
+            if name in rates:
+                metrics |= {loss: _mean(losses[name], 0), norm: _mean(losses[name], 1), lr: rates[name]}
+        metrics |= self._metrics(objective, totals)
+        if not self.pretraining.over:
+            self.pretraining.add(metrics)
+        return metrics
+
+    def _trained(self, name: str, model: PreTrainedModel, settings: LearnerConfig | CriticConfig) -> TrainedModel:
+        return TrainedModel(
+            name,
+            model,
+            settings,
+            ranks=self.ranks,
+            bucket_bytes=self.settings.bucket_mb << 20,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+        )
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The policy's."""
+        if self.policy is None:
+            raise ValueError("learner: this objective does not train the policy, so there is no optimizer of it")
+        return self.policy.optimizer
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's live tensors by name, for a checkpoint; see `Optimizer.state`."""
-        return self.optimizer.state()
+        """The live tensors of the policy's optimizer by name, for a checkpoint; see `Optimizer.state`. Empty where it is
+        not trained."""
+        return self.policy.optimizer.state() if self.policy is not None else {}
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Continue from `optimizer_state()` of an equal model. Raises ValueError for tensors that do not fit."""
-        self.optimizer.load_state(state)
+        if self.policy is not None:
+            self.policy.optimizer.load_state(state)
 
-    # --- one update ------------------------------------------------------------------------------------------------
+    # --- one step --------------------------------------------------------------------------------------------------
 
-    def _backward(
-        self, packs: list[Pack], targets: Targets, old: list[Tensor], denominator: float, totals: _Totals
-    ) -> float:
-        """The gradient and the loss of one update, over all ranks."""
-        self.optimizer.gradient.zero_()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, micro_batch in enumerate(packs):
+    def _prepare(self, objective: Objective, step: int, batches: list[Batch]) -> list[Update]:
+        """All that the losses want from before the step's first update."""
+        packs = [pack(batch, token_budget=self.settings.token_budget, device=self.device) for batch in batches]
+        with_values = objective.value_loss is not None
+        values = [
+            self.values(batch, micro) if with_values else None for batch, micro in zip(batches, packs, strict=True)
+        ]
+        targets = [objective.prepare(batch, step, start) for batch, start in zip(batches, values, strict=True)]
+        counts = self.ranks.sum(np.array([target.counts for target in targets]), self.device)
+        old: list[list[Tensor]] = [[] for _ in batches]
+        if objective.recompute_old:  # the first update starts from the policy itself
+            old[1:] = [[self._old_logprobs(micro_batch) for micro_batch in update] for update in packs[1:]]
+        return [Update(*parts) for parts in zip(batches, packs, targets, counts, old, strict=True)]
+
+    def _rates(self, objective: Objective, step: int) -> dict[str, float]:
+        """The learning rate of each model that the step trains. Warm-up counts the steps that a model is trained in."""
+        rates = {}
+        if self.policy is not None and objective.policy_loss is not None:
+            rates["policy"] = self.policy.rate(step - self.pretraining.steps)
+        if self.critic is not None and objective.value_loss is not None:
+            rates["critic"] = self.critic.rate(step)
+        return rates
+
+    def _train(
+        self, objective: Objective, update: Update, rates: dict[str, float], where: str, totals: _Totals
+    ) -> dict[str, tuple[float, float]]:
+        """One update of each model that has a rate; its loss and its gradient's norm. All gradients are checked before the
+        first weight changes."""
+        losses = {"policy": self._policy_losses, "critic": self._value_losses}
+        trained = {"policy": self.policy, "critic": self.critic}
+        chosen = {name: model for name, model in trained.items() if model is not None and name in rates}
+        found = {name: model.gradient(losses[name](objective, update, totals)) for name, model in chosen.items()}
+        checked = {name: (found[name], model.norm(found[name], where)) for name, model in chosen.items()}
+        for name, model in chosen.items():
+            model.step(rates[name], checked[name][1])
+        return checked
+
+    def _policy_losses(self, objective: Objective, update: Update, totals: _Totals) -> Iterator[Tensor]:
+        if objective.policy_loss is None:
+            return
+        for index, micro_batch in enumerate(update.packs):
             logp, entropy = self._logprobs(micro_batch)
-            start = old[index] if old else None
-            loss, sums = self.objective.loss(micro_batch, targets, logp, start, denominator=denominator)
-            loss.backward()
-            total += loss.detach()
-            carried = torch.from_numpy(targets.mask[micro_batch.tokens]).to(self.device)
+            start = update.old[index] if update.old else None
+            loss, sums = objective.policy_loss(micro_batch, update.targets, logp, start, counts=update.counts)
+            yield loss
+            carried = torch.from_numpy(update.targets.mask[micro_batch.tokens]).to(self.device)
             totals.add({**sums, "entropy": torch.where(carried, entropy, 0.0).sum()})
-        if self.world > 1:
-            self.optimizer.sum_over_ranks(self.group, self.settings.bucket_mb << 20)
-        return float(self._sum(np.array([total.item()]))[0])
+
+    def _value_losses(self, objective: Objective, update: Update, totals: _Totals) -> Iterator[Tensor]:
+        if objective.value_loss is None or self.critic is None:
+            return
+        for micro_batch in update.packs:
+            values = token_values(self.critic.model, micro_batch)
+            loss, sums = objective.value_loss(micro_batch, update.targets, values, counts=update.counts)
+            yield loss
+            totals.add(sums)
+
+    # --- what the models say ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def values(self, batch: Batch, packs: list[Pack]) -> np.ndarray:
+        """The critic's values of the batch's tokens, float32 [N]."""
+        values = np.zeros(len(batch.tokens), np.float32)
+        for micro_batch in packs:
+            if self.critic is not None:
+                values[micro_batch.tokens] = token_values(self.critic.model, micro_batch).cpu().numpy()
+        return values
 
     def _logprobs(self, micro_batch: Pack) -> tuple[Tensor, Tensor]:
         """(logp, entropy) [T] of the pack's tokens."""
@@ -125,43 +215,30 @@ class TorchLearner:
         """By the same packing as in training, so that only a change of weights can make the ratio differ from 1."""
         return self._logprobs(micro_batch)[0]
 
-    def _check(self, loss: float, where: str) -> float:
-        """The gradient's global norm, when it and the loss are finite."""
-        norm = self.optimizer.norm()
-        if math.isfinite(loss) and math.isfinite(norm):
-            return norm
-        bad = self.optimizer.non_finite()
-        what = f"the gradient of {len(bad)} weights, the first is {bad[0]}" if bad else "the gradient's norm"
-        if not math.isfinite(loss):
-            what = f"the loss ({loss}) and {what}"
-        raise NonFiniteError(f"learner rank {self.rank}: {where}: not finite: {what}; the weights are unchanged")
+    # --- figures ---------------------------------------------------------------------------------------------------
 
-    # --- over ranks ------------------------------------------------------------------------------------------------
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Element-wise sum over the ranks, in fp64."""
-        if self.world == 1:
-            return values
-        tensor = torch.from_numpy(values.astype(np.float64)).to(self.device)
-        dist.all_reduce(tensor, group=self.group)
-        return tensor.cpu().numpy()
-
-    def _metrics(self, totals: _Totals) -> dict[str, float]:
-        sums = totals.split(self._sum(totals.flat()))
+    def _metrics(self, objective: Objective, totals: _Totals) -> dict[str, float]:
+        sums = totals.split(self.ranks.sum(totals.flat(), self.device))
         one = {name: float(values[0]) for name, values in sums.items()}
         tokens, responses = max(one["loss_tokens"], 1.0), max(one["responses"], 1.0)
+        entropy = {"entropy": one["entropy"] / tokens} if objective.policy_loss is not None else {}
         return {
-            "entropy": one["entropy"] / tokens,
+            **entropy,
             "masked_fraction": 1 - one["loss_tokens"] / max(one["tokens"], 1.0),
             "length_mean": one["tokens"] / responses,
             "reward_mean": one["reward"] / responses,
             "accuracy": one["correct"] / responses,
             "trained_tokens": one["loss_tokens"],
             "prompt_tokens_saved": 1 - one["inputs"] / max(one["inputs_unshared"], 1.0),
-            **self.objective.metrics(sums, tokens),
+            **objective.metrics(sums, tokens),
         }
 
 
+_NAMES = {
+    "policy": ("loss", "grad_norm", "lr"),
+    "critic": ("value_loss", "critic_grad_norm", "critic_lr"),
+}
+"""Metrics of each model that is trained: its loss, its gradient's norm, its learning rate."""
 _SUMS = dict.fromkeys(
     ("entropy", "loss_tokens", "tokens", "responses", "reward", "correct", "inputs", "inputs_unshared"), 1
 )
@@ -187,7 +264,7 @@ class _Totals:
     def __init__(self, lengths: dict[str, int], device: torch.device) -> None:
         self.vectors = {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in lengths.items()}
 
-    def add(self, sums: dict[str, Tensor] | dict[str, np.ndarray]) -> None:
+    def add(self, sums: Sums | dict[str, np.ndarray]) -> None:
         for name, values in sums.items():
             self.vectors[name] += torch.as_tensor(values, device=self.vectors[name].device)
 
@@ -199,14 +276,5 @@ class _Totals:
         return dict(zip(self.vectors, np.split(flat, ends[:-1]), strict=True))
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _checkpoint_layers(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for the backward pass. Layers do so in training mode alone, which is set for them and
-    not for what is inside, where it would switch dropout on."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+def _mean(pairs: list[tuple[float, float]], index: int) -> float:
+    return sum(pair[index] for pair in pairs) / len(pairs) if pairs else 0.0

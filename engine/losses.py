@@ -76,10 +76,12 @@ def value_loss(
     *,
     clip: float | None,
     denominator: float | Tensor,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The critic's squared error, 0.5 sum((V - R)^2) / denominator (VC-PPO, Algorithm 1), all [B, T].
+    """The critic's squared error, 0.5 sum(w (V - R)^2) / denominator (VC-PPO, Algorithm 1), all [B, T].
 
     With `clip` c a token's error is the larger one of V and of V held within `old_values` +- c (PPO2's value clipping).
+    `weights` (detached) are 1 by default.
     Returns (loss, metrics): `tokens`, and `clipped`, how many tokens the held value decided.
     """
     mask = mask.bool()
@@ -92,6 +94,8 @@ def value_loss(
         held = (torch.clamp(values, old - clip, old + clip) - returns).square()
         clipped = held > error
         error = torch.where(clipped, held, error)
+    if weights is not None:
+        error = error * torch.where(mask, weights.detach(), 0.0)
     loss = _divide(0.5 * error.sum(), denominator)
     return loss, {"tokens": mask.sum().float(), "clipped": clipped.sum().float()}
 

@@ -53,10 +53,10 @@ def load_model(path: str | Path, *, dtype: str, device: str, weights: bool = Tru
     an architecture that this system would compute wrongly.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = read_config(path)
     where = f"model {path}"
     target = resolve_device(device)
-    with _quiet():
+    with quiet():
         model = _read_weights(path, config, dtype) if weights else _architecture(config, dtype, where)
     _check_model(model, where)
     model = model.to(target)
@@ -101,7 +101,7 @@ def create_model(config: NewModel, folder: str | Path, seed: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _quiet():
+        with quiet():
             model.save_pretrained(temporary)
         save_tokenizer(config.alphabet, temporary, context=config.context)
         (temporary / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -153,7 +153,8 @@ def _check_same_settings(folder: Path, settings: dict) -> None:
         )
 
 
-def _read_config(path: Path) -> PretrainedConfig:
+def read_config(path: Path) -> PretrainedConfig:
+    """The folder's config. Raises `ConfigError` for none, a broken one, and an architecture that is not supported."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"model {path}: no config.json there; expected a Hugging Face model folder")
     try:
@@ -222,12 +223,15 @@ def _architecture(config: PretrainedConfig, dtype: str, where: str) -> PreTraine
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars: several processes share the terminal with the live view."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """No progress bars and no reports of what was loaded: several processes share the terminal with the live view, and what
+    is missing is an error of ours."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
             transformers_logging.enable_progress_bar()

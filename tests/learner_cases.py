@@ -9,6 +9,7 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForTokenClassification,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -39,6 +40,16 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTr
         "attn_implementation": engine.attention.NAME,
     }  # fmt: skip
     return model(config(**settings, **extra)).to(dtype).eval()
+
+
+def tiny_critic() -> PreTrainedModel:
+    """A critic of the Llama's size, with a head that is not zero."""
+    torch.manual_seed(11)
+    critic = LlamaForTokenClassification(
+        tiny_model().config.__class__(**tiny_model().config.to_dict() | {"num_labels": 1})
+    )
+    critic.set_attn_implementation(engine.attention.NAME)
+    return critic.eval()
 
 
 def make_batch(groups: list[tuple[int, list[int]]], *, seed: int = 0, step: int = 1, **columns: np.ndarray) -> Batch:
@@ -78,7 +89,14 @@ def select(batch: Batch, groups: list[int]) -> Batch:
     return Batch(step=batch.step, **columns)
 
 
-def make_config(*, objective: dict | None = None, max_lag: int = 1, temperature: float = 1.0, **learner: Any) -> Config:
+def make_config(
+    *,
+    objective: dict | None = None,
+    max_lag: int = 1,
+    temperature: float = 1.0,
+    critic: dict | None = None,
+    **learner: Any,
+) -> Config:
     data = {
         "name": "test",
         "steps": 10,
@@ -89,6 +107,8 @@ def make_config(*, objective: dict | None = None, max_lag: int = 1, temperature:
         "generator": {"sampling": {"max_tokens": 64, "temperature": temperature}},
         "learner": {"lr": 1e-2} | learner,
     }
+    if critic is not None:
+        data["critic"] = {"lr": 1e-2} | critic
     return parse_config(data, "test")
 
 
@@ -102,17 +122,32 @@ def responses_of(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def padded_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """[N] log-probabilities of the batch's tokens the plain way: prompts repeated, sequences padded, eager attention."""
+    pairs, ids, mask = padded(batch)
+    model.set_attn_implementation("eager")
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float() / temperature
+    model.set_attn_implementation(engine.attention.NAME)
+    logp = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return torch.cat([logp[row, len(p) - 1 : len(p) + len(r) - 1] for row, (p, r) in enumerate(pairs)])
+
+
+def padded_values(critic: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """[N] values of the states before the batch's tokens, the plain way."""
+    pairs, ids, mask = padded(batch)
+    critic.set_attn_implementation("eager")
+    values = critic(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., 0]
+    critic.set_attn_implementation(engine.attention.NAME)
+    return torch.cat([values[row, len(p) - 1 : len(p) + len(r) - 1] for row, (p, r) in enumerate(pairs)])
+
+
+def padded(batch: Batch) -> tuple[list[tuple[np.ndarray, np.ndarray]], torch.Tensor, torch.Tensor]:
+    """(prompt, response) pairs, and their token ids and mask [responses, longest]."""
     pairs = responses_of(batch)
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     ids, mask = torch.zeros(len(pairs), longest, dtype=torch.long), torch.zeros(len(pairs), longest, dtype=torch.long)
     for row, (prompt, response) in enumerate(pairs):
         both = torch.from_numpy(np.concatenate([prompt, response]))
         ids[row, : len(both)], mask[row, : len(both)] = both, 1
-    model.set_attn_implementation("eager")
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float() / temperature
-    model.set_attn_implementation(engine.attention.NAME)
-    logp = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return torch.cat([logp[row, len(p) - 1 : len(p) + len(r) - 1] for row, (p, r) in enumerate(pairs)])
+    return pairs, ids, mask
 
 
 def near_policy(batch: Batch, seed: int = 5) -> Batch:

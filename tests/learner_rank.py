@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from learner_cases import make_batch, make_config, select, tiny_model
+from learner_cases import make_batch, make_config, select, tiny_critic, tiny_model
 from safetensors.torch import save_file
 
 from engine.learn_torch import NonFiniteError, TorchLearner
@@ -21,7 +21,15 @@ GROUPS = [(5, [3, 1, 9]), (4, [2, 6, 4]), (12, [8, 3, 4]), (3, [1, 2])]
 SHARES = [[[0, 2], [1, 3]], [[0, 1, 2, 3], []]]
 """[update][rank]: the second rank has nothing in the second update."""
 COMMON = {"updates_per_step": 2, "token_budget": 16, "bucket_mb": 1, "grad_clip": 0.0}
-JOBS = {"token": {"loss": "token"}, "sequence": {"loss": "sequence"}, "poison": {}}
+PPO = {"type": "ppo", "loss": "token", "lam_actor": {"alpha": 0.2}, "lam_critic": 0.9, "gamma": 0.98, "whiten": True,
+       "positive_nll": 0.3}  # fmt: skip
+JOBS = {
+    "token": {"loss": "token"},
+    "sequence": {"loss": "sequence"},
+    "ppo": PPO,
+    "ppo-sequence": PPO | {"loss": "sequence", "whiten": False},
+    "poison": {},
+}
 
 
 def updates(rank: int | None) -> list[Batch]:
@@ -34,14 +42,20 @@ def updates(rank: int | None) -> list[Batch]:
 
 
 def train(job: str, rank: int, world: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Metrics, and the last gradient and the weights by name."""
-    model = tiny_model()
-    learner = TorchLearner(make_config(objective=JOBS[job], **COMMON), model, rank=rank, world=world)
+    """Metrics, and the last gradients and the weights by name."""
+    model, critic = tiny_model(), tiny_critic() if job.startswith("ppo") else None
+    settings = {"value_clip": 0.2, "grad_clip": 0.0} if critic is not None else None
+    config = make_config(objective=JOBS[job], critic=settings, **COMMON)
+    learner = TorchLearner(config, model, critic=critic, rank=rank, world=world)
     if job == "poison" and rank == 1:
         with torch.no_grad():
             model.get_input_embeddings().weight.fill_(torch.nan)
     metrics = learner.step(1, updates(rank if world > 1 else None))
-    return metrics, {"gradient": learner.optimizer.gradient, **named_weights(model)}
+    found = {"gradient": learner.optimizer.gradient, **named_weights(model)}
+    if critic is not None and learner.critic is not None:
+        found |= {f"critic.{name}": weight for name, weight in named_weights(critic).items()}
+        found["critic.gradient"] = learner.critic.optimizer.gradient
+    return metrics, found
 
 
 def main(rank: int, folder: Path) -> None:

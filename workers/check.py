@@ -12,9 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.config import Config, ConfigError, DapoObjective, LogTask, NewModel, PathModel
+from engine.config import (
+    Config,
+    ConfigError,
+    CriticConfig,
+    DapoObjective,
+    LengthAdaptive,
+    LogTask,
+    NewModel,
+    PathModel,
+    PpoObjective,
+)
 from engine.tasks import named_tasks
 from workers import contradictions, remarks
+from workers.contradictions_critic import missing_critic
 from workers.memory import Memory, memory
 from workers.model_shape import ModelShape, model_shape, starting_model
 from workers.roles import visible_gpus
@@ -63,7 +74,9 @@ def notes(config: Config) -> list[str]:
     missing = contradictions.missing_model(config)
     if missing is not None:
         found.append(f"{missing}; here its memory and context cannot be checked, and the run would be refused")
-    elif not visible_gpus():
+    if (lost := missing_critic(config)) is not None:
+        found.append(f"{lost}; the run would be refused")
+    if missing is None and not visible_gpus():
         total = sum(role.processes * role.bytes for role in memory(config, model_shape(config)))
         here = psutil.virtual_memory().total
         if total > here:
@@ -76,6 +89,8 @@ def refuse(config: Config) -> None:
     found = problems(config)
     if isinstance(config.model, PathModel) and not config.cold_start:
         found += filter(None, [contradictions.missing_model(config)])
+    if isinstance(config.objective, PpoObjective):
+        found += filter(None, [missing_critic(config)])
     if found:
         raise ConfigError("\n".join(f"{config.source}: {problem}" for problem in found))
 
@@ -105,15 +120,39 @@ def _run(config: Config) -> Section:
         ("tasks", ", ".join(tasks)),
         ("objective", str(config.objective.__struct_config__.tag)),
     ]
-    if isinstance(config.objective, DapoObjective):
-        objective = config.objective
-        clip = f"clip -{objective.clip_low} / +{objective.clip_high}"
-        dual = f", dual clip {objective.dual_clip}" if objective.dual_clip is not None else ""
-        correction = objective.correction.__struct_config__.tag
-        lines[-1] = ("objective", f"dapo: {clip}{dual}, mean over {objective.loss}s, correction {correction}")
+    if isinstance(config.objective, DapoObjective | PpoObjective):
+        lines[-1] = ("objective", _objective(config.objective))
+    if isinstance(config.objective, PpoObjective) and config.critic is not None:
+        lines.append(("critic", _critic(config.critic)))
     if config.cold_start:
         lines.append(("cold start", config.cold_start))
     return Section("Run", lines)
+
+
+def _objective(objective: DapoObjective | PpoObjective) -> str:
+    """What is maximised, in one line."""
+    parts = [f"clip -{objective.clip_low} / +{objective.clip_high}"]
+    parts += [f"dual clip {objective.dual_clip}"] if objective.dual_clip is not None else []
+    if isinstance(objective, PpoObjective):
+        lam = objective.lam_actor
+        actor = f"1 - 1 / ({lam.alpha:g} x length)" if isinstance(lam, LengthAdaptive) else f"{lam:g}"
+        parts.append(
+            f"GAE with gamma {objective.gamma:g}, lambda {actor} (actor) and {objective.lam_critic:g} (critic)"
+        )
+        parts += ["advantages whitened"] if objective.whiten else []
+        parts += [f"{objective.positive_nll:g} x NLL of right answers"] if objective.positive_nll else []
+    parts += [f"mean over {objective.loss}s", f"correction {objective.correction.__struct_config__.tag}"]
+    return f"{objective.__struct_config__.tag}: {', '.join(parts)}"
+
+
+def _critic(critic: CriticConfig) -> str:
+    parts = [f"from {critic.path}" if critic.path is not None else "from the policy, with a head of zeros"]
+    parts.append(f"learning rate {critic.lr:g}")
+    parts += [f"value clip {critic.value_clip:g}"] if critic.value_clip is not None else []
+    if critic.pretrain_steps:
+        until = ", or until it levels off" if critic.level_off is not None else ""
+        parts.append(f"alone in the first {critic.pretrain_steps} steps{until}")
+    return ", ".join(parts)
 
 
 def _step(config: Config) -> Section:
@@ -148,7 +187,7 @@ def _pace(config: Config) -> Section:
     bound = (buffer.max_lag + 1) * buffer.groups_per_step
     samples = _samples(config)
     held = ("in the system", f"at most {bound:,} groups that will be trained = {bound * samples:,} samples")
-    if not isinstance(config.objective, DapoObjective):
+    if not config.samples:
         return Section("Pace", [held])
     synchronous = "none: sampling and training take turns"
     bounded = f"at most {buffer.max_lag} versions; older tokens are masked out of the loss"
@@ -197,7 +236,7 @@ def _whole(config: Config) -> Section:
         size = _bytes(samples * response * LOG_BYTES_PER_TOKEN)
         lines.append(("log", f"at most about {size} of trained samples; dropped ones are kept too"))
     evaluation = config.eval
-    if evaluation.prompts and isinstance(config.objective, DapoObjective):
+    if evaluation.prompts and config.samples:
         when = sorted({0, steps} | (set(range(0, steps, evaluation.every)) if evaluation.every else set()))
         each = evaluation.prompts * evaluation.samples
         lines.append(
@@ -226,11 +265,11 @@ def _memory(roles: list[Memory]) -> Section:
 
 
 def _samples(config: Config) -> int:
-    return config.buffer.samples_per_group if isinstance(config.objective, DapoObjective) else 1
+    return config.buffer.samples_per_group if config.samples or config.offline else 1
 
 
 def _response_tokens(config: Config) -> int | None:
-    if config.generator is None or not isinstance(config.objective, DapoObjective):
+    if config.generator is None or not config.samples:
         return None
     return config.generator.sampling.max_tokens
 

@@ -17,12 +17,15 @@ from engine.config import (
     IcepopCorrection,
     JsonlTask,
     NewModel,
+    PpoObjective,
     PythonScore,
+    SftObjective,
     Task,
     TruncatedCorrection,
     load_config,
 )
 from engine.tasks import named_tasks
+from workers.contradictions_critic import critic
 from workers.contradictions_offline import offline
 from workers.model_shape import ModelShape, model_shape, starting_model
 
@@ -30,8 +33,9 @@ from workers.model_shape import ModelShape, model_shape, starting_model
 def errors(config: Config) -> list[str]:
     """Every contradiction in the config, in the order of its sections."""
     found = [*_ranges(config), *_run(config), *_tasks(config), *_buffer(config), *_lengths(config), *offline(config)]
-    if isinstance(config.objective, DapoObjective):
-        found += [*_dapo(config, config.objective), *_overlong(config)]
+    found += critic(config)
+    if not isinstance(config.objective, SftObjective):
+        found += [*_sampling(config), *_overlong(config)]
     elif unsolved := [name for name, task in named_tasks(config.tasks).items() if _no_solution(task)]:
         found.append(f'objective.type = "sft" trains on solutions, and task {unsolved[0]} has no `solution`')
     return found
@@ -179,7 +183,7 @@ def _lengths(config: Config) -> Iterator[str]:
     if shape is None:
         return
     longest, names = prompt + 1, f"buffer.prompt_tokens = {prompt} and one response token"
-    if config.generator is not None and isinstance(config.objective, DapoObjective):
+    if config.generator is not None and config.samples:
         response = config.generator.sampling.max_tokens
         longest, names = (
             prompt + response,
@@ -189,20 +193,27 @@ def _lengths(config: Config) -> Iterator[str]:
         yield f"{names} exceed the model's context of {shape.context} tokens"
 
 
-def _dapo(config: Config, objective: DapoObjective) -> Iterator[str]:
-    samples = config.buffer.samples_per_group
+def _sampling(config: Config) -> Iterator[str]:
+    objective, samples = config.objective, config.buffer.samples_per_group
     if config.generator is None and not config.offline:
-        yield 'objective.type = "dapo" trains on samples, and there is no [generator]'
+        yield f'objective.type = "{objective.__struct_config__.tag}" needs samples, and there is no [generator]'
     if samples == 1 and config.buffer.dynamic_sampling:
         yield (
             f"buffer.samples_per_group = {samples} with buffer.dynamic_sampling = true: a group of one is always all right "
             "or all wrong, so every group would be dropped and no step would ever start; expected at least 2"
         )
-    elif samples == 1 and objective.normalize_std:
+    elif samples == 1 and isinstance(objective, DapoObjective) and objective.normalize_std:
         yield (
             f"buffer.samples_per_group = {samples} with objective.normalize_std = true: one reward has no deviation; "
             "expected at least 2"
         )
+    if isinstance(objective, DapoObjective | PpoObjective):
+        yield from _surrogate(objective)
+    if not config.reward.right > config.reward.wrong:
+        yield f"reward.right = {config.reward.right} is not more than reward.wrong = {config.reward.wrong}"
+
+
+def _surrogate(objective: DapoObjective | PpoObjective) -> Iterator[str]:
     for name, clip in (("clip_low", objective.clip_low), ("clip_high", objective.clip_high)):
         if not 0 < clip < 1:
             yield f"objective.{name}: got {clip}, expected a number in (0, 1)"
@@ -216,8 +227,6 @@ def _dapo(config: Config, objective: DapoObjective) -> Iterator[str]:
                 f"objective.correction: got low = {low} and high = {high}, expected 0 <= low < 1 < high: "
                 "an on-policy token has the weight 1"
             )
-    if not config.reward.right > config.reward.wrong:
-        yield f"reward.right = {config.reward.right} is not more than reward.wrong = {config.reward.wrong}"
 
 
 def _overlong(config: Config) -> Iterator[str]:

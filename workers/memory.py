@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from engine.config import Config, DapoObjective
+from engine.config import CollectObjective, Config, PpoObjective
 from workers.model_shape import BYTES, ModelShape
 
 PROCESS_BYTES = {"buffer": 300 << 20, "generator": 500 << 20, "learner": 500 << 20, "reward": 100 << 20}
@@ -29,12 +29,12 @@ class Memory(Struct, frozen=True):
 
 
 def memory(config: Config, shape: ModelShape) -> list[Memory]:
-    """Every role of the run as `launch` starts it. A learner's ranks each hold the whole policy."""
+    """Every role of the run as `launch` starts it. A learner's ranks each hold the whole policy, and the whole critic."""
     found = [
         Memory("buffer", 1, {"process": PROCESS_BYTES["buffer"], "messages": _buffer_bytes(config)}),
         Memory("learner", config.learner.ranks, _learner_parts(config, shape)),
     ]
-    if config.generator is not None and isinstance(config.objective, DapoObjective):
+    if config.generator is not None and config.samples:
         found.append(Memory("generator", config.generator.count, _generator_parts(config, shape)))
         budget = config.reward.scorers * config.reward.memory_mb * 10**6
         parts = {"process": PROCESS_BYTES["reward"], "scorers at their limit": budget}
@@ -53,19 +53,27 @@ def _learner_parts(config: Config, shape: ModelShape) -> dict[str, int]:
     learner = config.learner
     size = BYTES[learner.dtype]
     tokens = learner.token_budget
-    if config.generator is not None and isinstance(config.objective, DapoObjective):
+    if config.generator is not None and config.samples:
         longest = config.buffer.prompt_tokens + config.generator.sampling.max_tokens
         tokens = max(longest, min(tokens, _share_of_update(config) * longest))
-    parts = {
-        "process": PROCESS_BYTES["learner"],
-        "weights": shape.parameters * size,
-        "gradients": shape.parameters * size,
-        "optimizer": shape.parameters * 2 * BYTES["float32"],
-        "activations": activation_bytes(shape, tokens, learner.dtype, checkpointed=learner.gradient_checkpointing),
-    }
-    if isinstance(config.objective, DapoObjective):
+    parts = {"process": PROCESS_BYTES["learner"], "weights": shape.parameters * size}
+    if not isinstance(config.objective, CollectObjective):
+        parts |= {
+            "gradients": shape.parameters * size,
+            "optimizer": shape.parameters * 2 * BYTES["float32"],
+            "activations": activation_bytes(shape, tokens, learner.dtype, checkpointed=learner.gradient_checkpointing),
+        }
+    if isinstance(config.objective, PpoObjective):
+        parts["critic"] = _critic_parameters(shape) * (2 * size + 2 * BYTES["float32"])
+    if config.samples:
         parts["copy to publish"] = shape.parameters * size
     return parts
+
+
+def _critic_parameters(shape: ModelShape) -> int:
+    """The policy's without its output layer, with a value head; its activations are not kept beside the policy's."""
+    output = 0 if shape.tied else shape.vocabulary * shape.hidden
+    return shape.parameters - output + shape.hidden + 1
 
 
 def _generator_parts(config: Config, shape: ModelShape) -> dict[str, int]:
@@ -86,7 +94,7 @@ def _generator_parts(config: Config, shape: ModelShape) -> dict[str, int]:
 
 def _buffer_bytes(config: Config) -> int:
     """The largest message: one update's share of the groups for one rank, as columns, read and sent."""
-    if config.generator is None or not isinstance(config.objective, DapoObjective):
+    if config.generator is None or not config.samples:
         return 0
     return 2 * 12 * _share_of_update(config) * config.generator.sampling.max_tokens
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config import Config, DapoObjective, GeneratorConfig, NoCorrection, SftObjective
+from engine.config import (
+    CollectObjective,
+    Config,
+    DapoObjective,
+    GeneratorConfig,
+    NoCorrection,
+    PpoObjective,
+    SftObjective,
+)
 
 HEARTBEATS = 3
 """A lease should outlive this many heartbeats, for one may be late or lost."""
@@ -13,9 +21,20 @@ HEARTBEATS = 3
 def notes(config: Config) -> list[str]:
     """What is allowed and perhaps not meant."""
     found = [*_idle_settings(config), *_splits(config)]
-    if config.generator is not None and isinstance(config.objective, DapoObjective):
-        found += [*_sampling(config, config.generator, config.objective), *_capacity(config, config.generator)]
-    return found
+    if config.generator is not None and config.samples:
+        found += [*_sampling(config, config.generator), *_capacity(config, config.generator)]
+    return [*found, *_critic(config)]
+
+
+def _critic(config: Config) -> Iterator[str]:
+    collects = isinstance(config.objective, CollectObjective)
+    if config.buffer.dynamic_sampling and (collects or isinstance(config.objective, PpoObjective)):
+        yield (
+            "buffer.dynamic_sampling = true: the critic learns from groups with right and wrong answers only, so it "
+            "overestimates prompts that are always failed and underestimates those that never are"
+        )
+    if collects and config.critic is not None and config.critic.path is not None:
+        yield "[critic]: the run itself trains no critic; `headrace pretrain-critic` takes its settings from here"
 
 
 def _idle_settings(config: Config) -> Iterator[str]:
@@ -47,8 +66,8 @@ def _splits(config: Config) -> Iterator[str]:
         )
 
 
-def _sampling(config: Config, generator: GeneratorConfig, objective: DapoObjective) -> Iterator[str]:
-    sampling, learner = generator.sampling, config.learner
+def _sampling(config: Config, generator: GeneratorConfig) -> Iterator[str]:
+    sampling, learner, objective = generator.sampling, config.learner, config.objective
     longest = config.buffer.prompt_tokens + sampling.max_tokens - 1
     if longest > learner.token_budget:
         yield (
@@ -60,6 +79,13 @@ def _sampling(config: Config, generator: GeneratorConfig, objective: DapoObjecti
             f"generator.sampling: top_p = {sampling.top_p} and top_k = {sampling.top_k} sample from less than the "
             "distribution that is trained"
         )
+    if isinstance(objective, DapoObjective | PpoObjective):
+        yield from _surrogate(config, objective)
+    if generator.dtype != learner.dtype:
+        yield f"generator.dtype = {generator.dtype} and learner.dtype = {learner.dtype}: their log-probabilities differ"
+
+
+def _surrogate(config: Config, objective: DapoObjective | PpoObjective) -> Iterator[str]:
     if config.buffer.max_lag > 0 and isinstance(objective.correction, NoCorrection):
         yield (
             f'objective.correction.type = "none" with buffer.max_lag = {config.buffer.max_lag}: '
@@ -69,9 +95,9 @@ def _sampling(config: Config, generator: GeneratorConfig, objective: DapoObjecti
         yield (
             "objective.overlong_filter and [reward.overlong] are both on: a truncated response is not trained on, "
             "its punishment acts through its group's mean only"
+            if isinstance(objective, DapoObjective)
+            else "and its punishment has no effect"
         )
-    if generator.dtype != learner.dtype:
-        yield f"generator.dtype = {generator.dtype} and learner.dtype = {learner.dtype}: their log-probabilities differ"
 
 
 def _capacity(config: Config, generator: GeneratorConfig) -> Iterator[str]:

@@ -12,18 +12,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from engine.config import Config, dump_config, policy_folder
+from engine.checkpoint import (
+    CheckpointError,
+    CriticPart,
+    latest_checkpoint,
+    load_checkpoint,
+    load_critic_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from engine.config import Config, ConfigError, PpoObjective, dump_config, policy_folder
+from engine.critic import load_critic
 from engine.learn_torch import TorchLearner
 from engine.models import load_model, named_weights
 from engine.packing import assign
 from engine.weights import fingerprints, weights_hash
 from protocols import messages as m
 from workers.provenance import code_version
+
+CRITIC_PREFIX = "critic."
+"""Before the names of the critic's weights, where they stand beside the policy's."""
 
 
 class Feed(Protocol):
@@ -44,7 +59,7 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """A step that is trained: what is to be committed, and the fingerprints of the policy's weights."""
+    """A step that is trained: what is to be committed, whose fingerprints are of all weights, and those of the policy's."""
 
     plan: m.Plan
     commit: m.StepCommit
@@ -63,8 +78,9 @@ class Trainer:
         self.checkpoints = config.run_dir / "checkpoints"
         self.folder = folder or policy_folder(config)
         self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
+        self.critic = self._load_critic(device) if isinstance(config.objective, PpoObjective) else None
         group = dist.group.WORLD if world > 1 else None
-        self.learner = TorchLearner(config, self.model, rank=rank, world=world, process_group=group)
+        self.learner = TorchLearner(config, self.model, critic=self.critic, rank=rank, world=world, process_group=group)
 
     def resume(self, until: int) -> int:
         """Loads the newest checkpoint of step `until` at most, if any; returns its step."""
@@ -72,10 +88,16 @@ class Trainer:
         if newest is None:
             return 0
         weights, optimizer, meta = load_checkpoint(newest, like=named_weights(self.model))
-        with torch.no_grad():
-            for name, parameter in named_weights(self.model).items():
-                parameter.copy_(weights[name])
+        _copy_into(self.model, weights)
         self.learner.load_optimizer_state(optimizer)
+        if self.critic is not None and self.learner.critic is not None:
+            weights, optimizer = load_critic_checkpoint(newest, like=named_weights(self.critic))
+            _copy_into(self.critic, weights)
+            self.learner.critic.optimizer.load_state(optimizer)
+            try:
+                self.learner.pretraining.load(meta["pretraining"])
+            except (KeyError, msgspec.ValidationError) as error:
+                raise CheckpointError(f"checkpoint {newest}: its value pretraining cannot be read: {error}") from error
         print(f"learner-{self.rank}: continues from {newest}", file=sys.stderr, flush=True)
         return int(meta["step"])
 
@@ -90,17 +112,22 @@ class Trainer:
     def train(self, plan: m.Plan, updates: list[m.Batch], *, wait_s: float) -> Trained:
         """Trains one step; raises `Diverged` when the log has it with other weights, and trains nothing further."""
         started_at = time.time()
+        pretrained = self.learner.pretraining.over
         metrics = self.learner.step(plan.step, updates)
         finished_at = time.time()
+        if self.learner.pretraining.over and not pretrained:
+            self._say_pretrained(plan.step, metrics)
         metrics |= {"wait_s": wait_s, "train_s": finished_at - started_at}
         policy = fingerprints(named_weights(self.model))
-        digest = weights_hash(policy)
+        critic = fingerprints(named_weights(self.critic)) if self.critic is not None else {}
+        everything = policy | {f"{CRITIC_PREFIX}{name}": value for name, value in critic.items()}
+        digest = weights_hash(everything)
         if plan.weights_hash is not None and plan.weights_hash != digest:
             raise Diverged(
                 f"learner: re-trained step {plan.step} to {digest}, the log has {plan.weights_hash}: "
                 "expected equal weights (same machine, thread count and code version?)"
             )
-        commit = m.StepCommit(plan.step, digest, code_version(), started_at, finished_at, metrics, policy)
+        commit = m.StepCommit(plan.step, digest, code_version(), started_at, finished_at, metrics, everything)
         return Trained(plan, commit, policy)
 
     def save(self, trained: Trained) -> None:
@@ -112,6 +139,10 @@ class Trainer:
             "code_version": code_version(),
             "config": dump_config(self.config),
         }
+        critic = None
+        if self.critic is not None and self.learner.critic is not None:
+            meta["pretraining"] = self.learner.pretraining.state()
+            critic = CriticPart(self.critic, self.critic_source, self.learner.critic.optimizer.state())
         save_checkpoint(
             self.checkpoints,
             step,
@@ -119,8 +150,32 @@ class Trainer:
             source_folder=self.folder,
             optimizer=self.learner.optimizer_state(),
             meta=meta,
+            critic=critic,
         )
         prune_checkpoints(self.checkpoints, self.config.learner.keep_checkpoints)
+
+    def _load_critic(self, device: str) -> PreTrainedModel:
+        critic = self.config.critic
+        if critic is None:
+            raise ConfigError(f"{self.config.source}: this objective trains a critic, and there is no [critic]")
+        self.critic_source = Path(critic.path) if critic.path is not None else self.folder
+        return load_critic(critic.path, self.folder, dtype=self.config.learner.dtype, device=device)
+
+    def _say_pretrained(self, step: int, metrics: dict[str, float]) -> None:
+        if self.rank == 0:
+            why = "has levelled off" if self.learner.pretraining.steps < self.learner.pretraining.limit else "is over"
+            print(
+                f"learner: value pretraining {why} after step {step}: value loss {metrics['value_loss']:.4f}, explained variance "
+                f"{metrics['explained_variance']:.3f}; from step {step + 1} on the policy is trained too",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _copy_into(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in named_weights(model).items():
+            parameter.copy_(weights[name])
 
 
 def empty_batch(step: int) -> m.Batch:
