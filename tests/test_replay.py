@@ -288,6 +288,8 @@ def test_a_replay_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> None:
     assert replay(Request(str(run), overrides=changed, out=first, resume=True), []) == 0
     assert replay(Request(str(run), overrides=changed, out=whole), []) == 0
     assert hashes(Path(first)) == hashes(Path(whole))
+    with Log.open(Path(first) / "rollouts.db") as log:
+        assert [log.config(row.config_id)["steps"] for row in log.steps()] == [3, 3, 3, 4]
     assert replay(Request(first), []) == 0
 
 
