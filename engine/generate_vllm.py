@@ -226,13 +226,17 @@ class VllmGenerator:
         """Hand over what waits, as far as slots are free, and let vLLM compute one pass; returns what finished. Raises
         `EngineLost`; what there is can then still be handed back."""
         began = time.perf_counter()
-        self._start()
-        if self._live:
-            for progress in self._engine.step():
+        if not self._finished:  # of the steps while weights were vetted: those must not wait for another
+            self._start()
+            for progress in self._engine.step() if self._live else []:
                 self._record(progress)
         finished, self._finished = self._finished, []
         self.counters["step_s"] += time.perf_counter() - began
         return finished
+
+    def check(self) -> None:
+        """Raises `EngineLost` when one of vLLM's workers has ended, also while there is nothing to decode."""
+        self._engine.check()
 
     def close(self) -> None:
         """End vLLM's workers."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.adopt_weights import check_weights
+from engine.adopt_weights import WeightsRefused, check_weights
 from engine.generate_vllm_stage import Stage
 from engine.logprobs import token_logprobs
 from engine.models import hidden_states, load_model, named_weights, output_weight
@@ -44,10 +44,14 @@ class Canary:
     def fill(self, weights: Mapping[str, Tensor], version: int) -> np.ndarray:
         """Stage `weights`; what each token of the prompt but the first must get: float32 [n - 1].
 
-        Raises `WeightsRefused`, with nothing staged, for other names or shapes, and `FloatingPointError` for weights that
-        give no numbers.
+        Raises `WeightsRefused`, with nothing staged, for other names or shapes and for types that are no floating-point
+        numbers of 16 bits or more, and `FloatingPointError` for weights that give no numbers.
         """
         check_weights(self.stage.tensors, weights, version)
+        for name, tensor in weights.items():
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                served = self.stage.tensors[name].dtype
+                raise WeightsRefused(f"weights of version {version}: {name} is {tensor.dtype}, vLLM serves {served}")
         self.stage.fill(weights)
         expected = self.logprobs()
         if not np.isfinite(expected).all():

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.model_executor.models import ModelRegistry
@@ -27,6 +28,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from engine.config import ConfigError, VllmEngine
 from engine.generate_vllm_requests import DRAWS, Draws, EngineLost, Progress
 from engine.generate_vllm_stage import Stage
+from engine.models import DTYPES
 
 WORKER = "engine.generate_vllm_worker.WorkerExtension"
 BLOCK_TOKENS = 32
@@ -51,7 +53,7 @@ class Engine:
         with _deadline(config.start_s, "vLLM's workers to start"), self._guarded("start"):
             try:
                 vllm_config = arguments.create_engine_config()
-                _check_architecture(folder, vllm_config.model_config.architecture)
+                _check_model(folder, vllm_config.model_config, dtype)
                 self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
             except (ValueError, NotImplementedError) as error:  # vLLM's refusals of configs, models and memory
                 raise ConfigError(f"generator.engine: vLLM refuses {folder} with {config}: {error}") from error
@@ -88,6 +90,12 @@ class Engine:
         """A pass over the running requests and, budget permitting, over waiting prompts. Raises `EngineLost`."""
         with self._guarded("compute a step"):
             return [_progress(output) for output in self._engine.step() if isinstance(output, RequestOutput)]
+
+    def check(self) -> None:
+        """Raises `EngineLost` when a worker has ended; costs nothing."""
+        with self._guarded("go on"):
+            if self._engine.model_executor.is_failed:
+                raise RuntimeError("a worker process has ended")
 
     def abort(self, requests: list[str]) -> None:
         """Forget these. Nothing to do for an engine that is lost."""
@@ -159,10 +167,13 @@ def _arguments(folder: Path, config: VllmEngine, *, device: str, dtype: str, con
     )
 
 
-def _check_architecture(folder: Path, architecture: str) -> None:
+def _check_model(folder: Path, model: ModelConfig, dtype: str) -> None:
     """vLLM serves models that it does not know through transformers, under other names; those are refused."""
+    architecture = model.architecture
     if architecture not in ModelRegistry.get_supported_archs() or architecture.startswith("Transformers"):
         raise ConfigError(f"generator.engine: {folder} is a {architecture}, which vLLM has no implementation of")
+    if model.dtype != DTYPES[dtype]:
+        raise ConfigError(f"generator.dtype is {dtype}, but vLLM would serve {folder} in {model.dtype}")
 
 
 def _progress(output: RequestOutput) -> Progress:

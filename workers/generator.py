@@ -135,6 +135,8 @@ class Generator:
         self._take(0.0 if working else IDLE_S)
         if working:
             self._step()
+        if isinstance(self.engine, VllmGenerator):
+            self.engine.check()
         self._report()
         if self.client.silent_s > self.gone_s:
             limit, where = self.gone_s, self.client.address

@@ -2,16 +2,19 @@
 
 64 sequences in 8 groups of a shared prompt, with skewed (lognormal) response lengths that both must produce: ours as
 `max_tokens` of each sample, `transformers` as one padded batch that runs until the longest is done. Only the wanted
-tokens count. The two run in turns in one process, so that a busy machine slows both.
+tokens count. The two run in turns in one process, so that a busy machine slows both. Where vLLM is installed, the vLLM
+generator does the same work in turns with them, in fp32 and bf16, and what an exchange of weights costs it is measured.
 
     python -m tools.benchmarks.generate --repeats 5 --json generate.json
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +30,7 @@ from engine.attention import NAME
 from engine.config import TorchEngine
 from engine.generate_torch import TorchGenerator
 from protocols.messages import INT, Rollout, Sampling, Ticket
+from tools.benchmarks.generate_vllm import errors, exchange, generate, vllm_generator
 
 GROUPS, SAMPLES, PROMPT = 8, 8, 128
 CHECKED = 8
@@ -68,25 +72,38 @@ CASES = {
 def run(cases: list[str], *, repeats: int, threads: int = 1) -> list[dict[str, float | str]]:
     """One row a case: median, lowest and highest tokens/s of both, the ratio of the medians, the log-probabilities' error."""
     torch.set_num_threads(threads)
-    return [measure(name, CASES[name], repeats) for name in cases]
+    return [measure(name, CASES[name], repeats, threads) for name in cases]
 
 
-def measure(name: str, case: Case, repeats: int) -> dict[str, float | str]:
+def measure(name: str, case: Case, repeats: int, threads: int) -> dict[str, float | str]:
     torch.manual_seed(0)
     plain = LlamaForCausalLM._from_config(case.config(), attn_implementation="sdpa").eval()
     hooked = LlamaForCausalLM._from_config(case.config(), attn_implementation=NAME).eval()
     hooked.load_state_dict(plain.state_dict(), assign=True)
     prompts = np.random.default_rng(1).integers(1, case.vocabulary, (GROUPS, PROMPT)).astype(INT)
     lengths = case.lengths()
-    speeds: dict[str, list[float]] = {"ours": [], "transformers": []}
-    for _ in range(repeats):
-        began = time.perf_counter()
-        rollouts = ours(hooked, prompts, lengths)
-        between = time.perf_counter()
-        transformers(plain, prompts, int(lengths.max()))
-        ended = time.perf_counter()
-        speeds["ours"].append(int(lengths.sum()) / (between - began))
-        speeds["transformers"].append(int(lengths.sum()) / (ended - between))
+    work = tickets(prompts, lengths)
+    with ExitStack() as parts:
+        engines = {
+            f"vllm_{dtype}": parts.enter_context(vllm_generator(plain, dtype, slots=len(work), threads=threads))
+            for dtype in ("float32", "bfloat16")
+            if importlib.util.find_spec("vllm") is not None
+        }
+        speeds: dict[str, list[float]] = {who: [] for who in ("ours", "transformers", *engines)}
+        made: dict[str, list[Rollout]] = {}
+        for _ in range(repeats):
+            for who, each in speeds.items():
+                began = time.perf_counter()
+                if who == "transformers":
+                    transformers(plain, prompts, int(lengths.max()))
+                else:
+                    made[who] = generate(engines[who], work) if who in engines else ours(hooked, work)
+                each.append(int(lengths.sum()) / (time.perf_counter() - began))
+        more = {
+            f"{who}_{what}": value
+            for who, engine in engines.items()
+            for what, value in (errors(plain, made[who], prompts) | exchange(engine, plain, work)).items()
+        }
     row: dict[str, float | str] = {
         "model": name,
         "parameters": sum(parameter.numel() for parameter in plain.parameters()),
@@ -97,18 +114,25 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, float | str]:
     for who, each in speeds.items():
         row |= {who: statistics.median(each), f"{who}_low": min(each), f"{who}_high": max(each)}
     row["ratio"] = float(row["ours"]) / float(row["transformers"])
-    row["logprob_error"] = logprob_error(plain, prompts, rollouts[:CHECKED])
-    return row
+    row["logprob_error"] = errors(plain, made["ours"][:CHECKED], prompts)["error_max"]
+    return row | more
 
 
-def ours(model: PreTrainedModel, prompts: np.ndarray, lengths: np.ndarray) -> list[Rollout]:
+def tickets(prompts: np.ndarray, lengths: np.ndarray) -> list[Ticket]:
+    """One for each sequence, for each has a length of its own."""
+    return [
+        Ticket(
+            index // SAMPLES, [index % SAMPLES], index % SAMPLES, prompts[index // SAMPLES], Sampling(max_tokens=n), 0
+        )
+        for index, n in enumerate(lengths.tolist())
+    ]
+
+
+def ours(model: PreTrainedModel, work: list[Ticket]) -> list[Rollout]:
     """Every sequence through a new generator: prompts, decoding, log-probabilities, results."""
-    engine = TorchGenerator(
-        model, config=TorchEngine(slots=GROUPS * SAMPLES), stop_ids=frozenset(), decode=lambda tokens: ""
-    )
-    for index, length in enumerate(lengths.tolist()):
-        group, sample = divmod(index, SAMPLES)
-        engine.add(Ticket(group, [sample], sample, prompts[group], Sampling(max_tokens=length), seed=group))
+    engine = TorchGenerator(model, config=TorchEngine(slots=len(work)), stop_ids=frozenset(), decode=lambda tokens: "")
+    for ticket in work:
+        engine.add(ticket)
     rollouts: list[Rollout] = []
     while engine.ready:
         rollouts += engine.step()
@@ -121,18 +145,6 @@ def transformers(model: PreTrainedModel, prompts: np.ndarray, longest: int) -> N
     model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=longest, use_cache=True
     )
-
-
-def logprob_error(model: PreTrainedModel, prompts: np.ndarray, rollouts: list[Rollout]) -> float:
-    """Largest absolute difference between the recorded log-probabilities and those of a forward pass of `transformers`."""
-    largest = 0.0
-    for rollout in rollouts:
-        ids = torch.from_numpy(np.concatenate([prompts[rollout.group], rollout.tokens]).astype(np.int64))
-        with torch.no_grad():
-            logits = model(ids[None]).logits[0, PROMPT - 1 : -1]
-        fresh = torch.log_softmax(logits.float(), -1).gather(-1, ids[PROMPT:, None])[:, 0].numpy()
-        largest = max(largest, float(np.abs(fresh - rollout.logprobs).max()))
-    return largest
 
 
 def show(rows: list[dict[str, float | str]]) -> None:
@@ -151,6 +163,34 @@ def show(rows: list[dict[str, float | str]]) -> None:
             f"{row['logprob_error']:.1e}",
         )
     Console().print(table)
+    if any("vllm_float32" in row for row in rows):
+        Console().print(_vllm_table(rows))
+
+
+def _vllm_table(rows: list[dict[str, float | str]]) -> Table:
+    table = Table(title="vLLM: the same work; an exchange of weights with all sequences in flight; log-probabilities")
+    for column in (
+        "model, type",
+        "tokens/s",
+        "to ours",
+        "stage",
+        "apply (stall)",
+        "until vetted",
+        "mean, p99, max off",
+    ):
+        table.add_column(column, justify="left" if column == "model, type" else "right")
+    for row in rows:
+        for dtype in ("float32", "bfloat16"):
+            who = f"vllm_{dtype}"
+            speed, off = float(row[who]), [row[f"{who}_error_{what}"] for what in ("mean", "p99", "max")]
+            table.add_row(
+                f"{row['model']}, {dtype}",
+                f"{speed:,.0f} ({row[who + '_low']:,.0f} to {row[who + '_high']:,.0f})",
+                f"{speed / float(row['ours']):.2f}x",
+                *(f"{1000 * float(row[f'{who}_{what}']):.0f} ms" for what in ("stage_s", "swap_s", "vet_s")),
+                ", ".join(f"{value:.1e}" for value in off),
+            )
+    return table
 
 
 def main(

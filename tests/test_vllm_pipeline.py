@@ -1,0 +1,74 @@
+"""Whole runs with vLLM generators, as a user starts them: two of them, and one beside one of our own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import vllm_cases as cases
+
+from protocols.log import Log
+
+pytestmark = [cases.needs_vllm, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "workers.cli"]
+SMALL = {
+    "steps": 6, "learner.checkpoint_every": 3, "buffer.groups_per_step": 4, "buffer.samples_per_group": 4,
+    "eval.prompts": 8, "eval.samples": 1, "eval.every": 0, "generator.engine.slots": 16,
+}  # fmt: skip
+
+
+def overrides(folder: Path, **more: object) -> list[str]:
+    """Fresh weights instead of the cold start, few steps, everything under `folder`."""
+    values = {"runs": f'"{folder}"', "cold_start": '""', "buffer.dynamic_sampling": "false", **SMALL, **more}
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def versions_by_worker(folder: Path) -> dict[str, set[int]]:
+    """The versions of the weights under which each generator sampled what was trained."""
+    with closing(Log.open(folder / "quickstart-vllm" / "rollouts.db")) as log:
+        rows = log.query("SELECT worker, versions FROM rollouts")
+    found: dict[str, set[int]] = {}
+    for worker, versions in rows:
+        found.setdefault(worker, set()).update(version for version, _ in json.loads(versions))
+    return found
+
+
+def test_two_vllm_generators_feed_a_run(tmp_path: Path) -> None:
+    command = [*COMMAND, "launch", "--no-view", "configs/quickstart-vllm.toml", *overrides(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    found = versions_by_worker(tmp_path)
+    assert set(found) == {"generator-0", "generator-1"}
+    assert max(map(max, found.values())) >= 5
+
+
+def test_one_of_vllm_and_one_of_ours_feed_one_run(tmp_path: Path) -> None:
+    options = overrides(tmp_path, **{"generator.count": 1, "steps": 12})
+    launch = subprocess.Popen(
+        [*COMMAND, "launch", "--no-view", "configs/quickstart-vllm.toml", *options],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    address = tmp_path / "quickstart-vllm" / "address"
+    try:
+        deadline = time.monotonic() + 120
+        while not address.exists():
+            assert time.monotonic() < deadline, "waited 120 s for the buffer's address"
+            time.sleep(0.1)
+        engine = '{type="torch", slots=8}'
+        ours = [*COMMAND, "generator", "configs/quickstart-vllm.toml", "--name", "ours"]
+        other = subprocess.run(
+            [*ours, *overrides(tmp_path, **{"generator.engine.slots": 8, "generator.engine": engine})],
+            cwd=ROOT, capture_output=True, text=True, timeout=800,
+        )  # fmt: skip
+        output, _ = launch.communicate(timeout=120)
+    finally:
+        launch.kill()
+    assert (launch.returncode, other.returncode) == (0, 0), (output, other.stderr)
+    found = versions_by_worker(tmp_path)
+    assert set(found) == {"generator-0", "ours"}
