@@ -109,7 +109,7 @@ def make_example(window: Window, pieces: WordPiece, config: PretrainingConfig, *
 
 def _share(rate: float, of: int, at_most: int) -> int:
     """At least one where there is one: short pages are asked something too."""
-    return min(max(1, round(rate * of)), at_most)
+    return min(max(1, round(rate * of)), at_most) if rate else 0
 
 
 def _sample_blocks(words: int, config: CweConfig, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
