@@ -29,6 +29,8 @@ from tools.experiments.runs import Experiment, execute_all
 
 BASE = "configs/running-total.toml"
 COLD_START = "configs/running-total-sft.toml"
+WIDTH = 132
+"""Columns of a table that goes to a file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vcppo: stopped; the same command goes on", file=sys.stderr)
         return 130
-    for error in failed:
-        print(f"vcppo: {error}", file=sys.stderr)
+    for text in failed:
+        print(f"vcppo: {text}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def report(experiment: Experiment, name: str, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     """Prints a table and writes its JSON and PNG, from the runs that are done."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
     runs = [(arm, [measure(experiment, arm, seed) for seed in seeds]) for arm in arms]
     done = [(arm, [run for run in found if run is not None]) for arm, found in runs]
     changed = changes(experiment.base, list(arms))

@@ -20,10 +20,11 @@ SMOOTH = 9
 
 
 def table(title: str, found: Sequence[Summary]) -> Table:
-    """One row an arm: mean over seeds, plus or minus their standard deviation; accuracies in percent."""
+    """One row an arm: mean over seeds, plus or minus their standard deviation; accuracies in percent. `gain` is the end against the
+    arm above, paired by seed."""
     made = Table(title=title, box=box.SIMPLE, padding=(0, 1))
     made.add_column("arm", no_wrap=True)
-    for name in ("seeds", "start", "end", "against above", "best", "length", "entropy", "Mtokens", "minutes"):
+    for name in ("seeds", "start", "end", "gain", "best", "length", "entropy", "Mtokens", "minutes"):
         made.add_column(name, no_wrap=True, justify="right")
     for arm in found:
         made.add_row(
