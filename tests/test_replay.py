@@ -140,6 +140,25 @@ def test_a_run_that_went_on_with_another_config_switches_there(
     assert "step 3 differs" in capfd.readouterr().out
 
 
+def test_a_run_with_a_critic_is_verified_with_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Through its value pretraining, a change of its settings, and from a checkpoint in between."""
+    critic = {"lr": 1e-2, "pretrain_steps": 2}
+    made = Maker(tmp_path / "critic", objective={"type": "vcppo"}, critic=critic)
+    made.step(1)
+    made.step(2)
+    made.go_on_with(2, objective={"type": "vcppo"}, critic={**critic, "lr": 3e-2})
+    made.step(3)
+    made.step(4)
+    folder = made.close()
+    assert replay(Request(str(folder)), []) == 0
+    assert replay(Request(str(folder), start=2), []) == 0
+    print_of = """json_set(fingerprints, '$."critic.model.norm.weight"', 'other')"""
+    change(folder, f"UPDATE steps SET weights_hash = 'other', fingerprints = {print_of} WHERE step = 4")
+    assert replay(Request(str(folder)), []) == 1
+    assert "1 of " in (said := capfd.readouterr().out)
+    assert "the first is critic.model.norm.weight" in said
+
+
 def test_a_starting_model_that_is_not_the_runs_any_more_is_named(copy: Path, run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     change(copy, f"""UPDATE meta SET value = json_set(value, '$.folder', '{moved}') WHERE key = 'start'""")

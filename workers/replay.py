@@ -8,13 +8,10 @@ settings into a run of its own. Neither needs a generator, a reward or a network
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,17 +24,12 @@ from engine.models import resolve_device
 from protocols.log import Log, LogError
 from workers.lines import duration
 from workers.log_feed import LogFeed
+from workers.ranks import ANSWER, SCRATCH, ranks_of, with_ranks
 from workers.replay_difference import difference
 from workers.replay_out import NewRun, prepare
 from workers.replay_progress import Progress
 from workers.replay_source import ReplayError, Segment, StoredRun
-from workers.roles import torchrun
-from workers.supervise import TETHER
 from workers.trainer import Trained, Trainer
-
-SCRATCH = "HEADRACE_REPLAY_SCRATCH"
-"""Where ranks under torchrun find the folder that they share; rank 0 leaves the exit code in it."""
-ANSWER = "exit-code"
 
 
 class Request(Struct, frozen=True):
@@ -65,12 +57,14 @@ def replay(request: Request, arguments: Sequence[str]) -> int:
         if world == 1 and request.out is not None:
             prepare(source, Path(request.out), segments[-1], request.overrides, resume=request.resume)
         if world == 1 and learner.ranks > 1:
-            return _with_ranks(learner.ranks, learner.threads, arguments)
-        scratch = os.environ.get(SCRATCH)
-        if scratch is not None:
-            return _as_rank(source, segments, request, Path(scratch))
-        with tempfile.TemporaryDirectory(prefix="headrace-replay-") as folder:
-            return Replay(source, segments, request, Path(folder)).run()
+            return with_ranks(learner, arguments)
+        with _scratch() as scratch, ranks_of(learner):
+            code = Replay(source, segments, request, scratch).run()
+        if world == 1:
+            return code
+        if os.environ["RANK"] == "0":
+            (scratch / ANSWER).write_text(str(code), encoding="utf-8")
+        return 0  # of torchrun, which would print a failure's stack; the code is in the answer
 
 
 class Replay:
@@ -200,39 +194,15 @@ class Replay:
             print(text, flush=True)
 
 
-# --- several ranks ---------------------------------------------------------------------------------------------------
-
-
-def _with_ranks(ranks: int, threads: int, arguments: Sequence[str]) -> int:
-    """The same command once more, under torchrun; the exit code that rank 0 left."""
-    with tempfile.TemporaryDirectory(prefix="headrace-replay-") as scratch:
-        tether = [sys.executable, "-I", "-S", str(TETHER), str(os.getpid())]
-        command = [*tether, *torchrun(ranks), "-m", "workers.cli", *arguments]
-        env = {"OMP_NUM_THREADS": str(threads), "HEADRACE_TETHERED": "1", SCRATCH: scratch}
-        code = subprocess.run(command, env=os.environ | env).returncode
-        answer = Path(scratch) / ANSWER
-        return int(answer.read_text(encoding="utf-8")) if answer.exists() else (code or 1)
-
-
-def _as_rank(source: StoredRun, segments: list[Segment], request: Request, scratch: Path) -> int:
-    """0 where the ranks agree on what came out, whatever that is: torchrun would print a failure's stack."""
-    learner, rank = segments[0].config.learner, int(os.environ["RANK"])
-    device = resolve_device(learner.device)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    timeout = timedelta(seconds=learner.peer_timeout_s)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
-    try:
-        code = Replay(source, segments, request, scratch).run()
-    except ReplayError:
-        if rank == 0:
-            (scratch / ANSWER).write_text("2", encoding="utf-8")
-        raise
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
-        (scratch / ANSWER).write_text(str(code), encoding="utf-8")
-    return 0
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that all ranks see."""
+    shared = os.environ.get(SCRATCH)
+    if shared is not None:
+        yield Path(shared)
+        return
+    with tempfile.TemporaryDirectory(prefix="headrace-replay-") as folder:
+        yield Path(folder)
 
 
 @contextmanager
