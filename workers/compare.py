@@ -53,7 +53,7 @@ def compare(first: str, second: str, picture: str | None, console: Console) -> N
         console.print(_table(runs, spread(steps, ROWS), names[place : place + wide]))
     console.print(_differences(runs, steps, names))
     for line in [_first_difference(runs, steps), *_lengths(runs), *_evaluations(runs), *_settings(runs)]:
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
     path = Path(picture) if picture is not None else runs[1].folder / "compare.png"
     draw(runs, names, path)
     console.print(Text(f"curves: {path}"), soft_wrap=True)
@@ -168,12 +168,16 @@ def draw(runs: tuple[Series, Series], names: Sequence[str], path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(f"A {runs[0].name}, B {runs[1].name}")
     for axes, name in zip(figure.subplots(rows, columns, squeeze=False).ravel(), [*names], strict=False):
-        for label, style, run in zip("AB", ("-", "--"), runs, strict=True):
+        for label, style, color, run in zip("AB", ("-", "--"), ("C0", "C1"), runs, strict=True):
             points = [(step, row[name]) for step, row in sorted(run.metrics.items()) if name in row]
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.3)
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label, linewidth=1.3)
             if name == "accuracy" and run.evaluations:
                 axes.plot(
-                    *zip(*sorted(run.evaluations.items()), strict=True), "o", label=f"{label} held-out", markersize=4
+                    *zip(*sorted(run.evaluations.items()), strict=True),
+                    "o",
+                    color=color,
+                    label=f"{label} held-out",
+                    markersize=4,
                 )
         axes.set_title(name, fontsize="medium")
         axes.grid(alpha=0.3)
