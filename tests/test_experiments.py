@@ -169,8 +169,7 @@ def test_arms_start_from_the_cold_start(tmp_path: Path) -> None:
         assert config.model.path.startswith(str(tmp_path / "cold-start" / "checkpoints"))  # type: ignore[union-attr]
         assert (config.seed, config.steps, config.name) == (3, 40 + arm.pretrain, f"{arm.name}-s3")
         assert not config.cold_start
-        if not arm.needs_critic:
-            assert problems(config) == []
+        assert problems(config) == []
 
 
 def test_commands_say_what_is_run(tmp_path: Path) -> None:
@@ -210,6 +209,15 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     assert run.entropy.steps == list(range(1, 21))
     assert set(run.entropy.values) == {0.2}
     assert run.generated_tokens == 40_000.0
+
+
+def test_a_policy_that_has_not_moved_yet_starts_as_it_was_measured_last(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step, accuracy in ((0, 0.3), (10, 0.4), (20, 0.5), (25, 0.6)):
+        writer.evaluation(step, {"accuracy": accuracy, "length_mean": 1.0}, at=1000.0)
+    writer.step(25, {"entropy": 0.2, "length_mean": 1.0, "total_tokens": 1.0}, at=1000.0)
+    writer.close()
+    assert measured(tmp_path, seed=0, command="c", pretrain=15).accuracy == Curve([0, 5, 10], [0.4, 0.5, 0.6])
 
 
 def test_summaries_are_over_seeds_and_gains_paired(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from engine.config import Config, dump_config, load_config
 
-PRETRAIN_STEPS = 20
+PRETRAIN_STEPS = 25
 """Critic-only steps ahead of the policy's own; they are not counted among the arm's steps."""
 
 CACHE = 32

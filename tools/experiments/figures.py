@@ -61,10 +61,11 @@ class Summary(Struct, frozen=True):
 
 
 def measured(run_dir: Path, *, seed: int, command: str, pretrain: int) -> Measured:
-    """The figures of a finished run; steps at which only a critic was trained are cut off the front. Raises
-    `MetricsError`, and `ValueError` when there is no evaluation."""
+    """The figures of a finished run; the `pretrain` steps at which only a critic was trained are cut off the front, and the
+    last evaluation up to their end is the start. Raises `MetricsError`, and `ValueError` when there is no evaluation."""
     history = read_metrics(run_dir)
-    evals = [row for row in history.evals if row["eval_step"] >= pretrain]
+    before = [{**row, "eval_step": pretrain} for row in history.evals if row["eval_step"] <= pretrain]
+    evals = [*before[-1:], *(row for row in history.evals if row["eval_step"] > pretrain)]
     steps = [row for row in history.steps if row["step"] > pretrain]
     if not evals or not steps:
         raise ValueError(f"{run_dir}: {len(steps)} steps and {len(evals)} evaluations, expected at least one of each")
