@@ -25,7 +25,7 @@ from engine.generate_vllm import EngineLost, VllmGenerator, start_vllm
 from engine.models import load_model, resolve_device
 from engine.text import TextModel
 from engine.weights import Update
-from protocols.link import Client, LinkError, LinkTimeout
+from protocols.link import Client, LinkError, LinkRefused, LinkTimeout
 from protocols.messages import Ack, Announce, Goodbye, HandBack, Hello, Ticket
 from workers.weight_feed import LearnerLost, WeightFeed
 
@@ -41,7 +41,8 @@ IDLE_S, STATUS_S = 0.02, 0.5
 
 def run(config: Config, join: str, name: str | None = None, *, gone_s: float = GONE_S) -> int:
     """Generates until the buffer says goodbye or SIGTERM comes: 0 then; 1 when buffer, learner or engine are gone for good
-    or the weights give no numbers; 2 when config, model and tickets do not fit, so that starting anew cannot help."""
+    or the weights give no numbers; 2 when the buffer refuses this worker, or config, model and tickets do not fit, so that
+    starting anew cannot help."""
     _on_signals(lambda *_: sys.exit(0))  # nothing is in hand yet
     name = name or f"generator-{socket.gethostname()}-{os.getpid()}"[:80]
     try:
@@ -56,10 +57,10 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
             stop = threading.Event()
             _on_signals(lambda *_: stop.set())
             Generator(client, engine, weights, stop, gone_s=gone_s).serve()
+    except (LinkRefused, ConfigError, WeightsRefused, TicketRefused) as error:
+        return _fail(name, error, 2)
     except (LinkError, LearnerLost, EngineLost, FloatingPointError) as error:
         return _fail(name, error, 1)
-    except (ConfigError, WeightsRefused, TicketRefused) as error:
-        return _fail(name, error, 2)
     return 0
 
 
