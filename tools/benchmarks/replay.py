@@ -5,7 +5,7 @@ to a prompt of 256) is trained step by step from its log, as `headrace replay` d
 decoding its groups, packing them, and the training as a whole, which packs once itself. The log was just written, so the
 system's page cache has it.
 
-Memory: a small model's run of S steps and one of 10 S steps, each step with 65,536 response tokens (1.2 MB of log),
+Memory: a small model's run of S steps and one of 10 S steps, each step with 65,536 response tokens (0.9 MB of log),
 verified by `headrace replay --verify` in processes of their own, in turns; the peak of resident memory of each.
 
     python -m tools.benchmarks.replay --repeats 5 --json replay.json
@@ -146,7 +146,7 @@ def show(rows: list[Row]) -> None:
         "",
     )
     table.add_row(
-        "reading, decoding and packing", f"{cell(share, 'share', 100, 2)} % of the step", f"< {TARGET_SHARE:.0%}"
+        "reading, decoding and packing", f"{cell(share, 'share', 100, 4)} % of the step", f"< {TARGET_SHARE:.0%}"
     )
     for name, steps in (("short", float(memory["steps"])), ("long", 10 * float(memory["steps"]))):
         size = float(memory[f"{name}_log_bytes"]) / 1e6
