@@ -21,6 +21,7 @@ from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_th
 from workers.run_folder import complete, log_path, own, snapshot, trained
 from workers.supervise import Exit, Supervisor
 from workers.view import View
+from workers.worked import worked
 
 __all__ = ["LaunchError", "LaunchRefused", "Patience", "launch"]
 
@@ -150,7 +151,11 @@ class Launch:
         deadline = time.monotonic() + self.patience.address_s
         while not published.exists():
             for exit in self.supervisor.exits():
-                raise self._failure(exit, "the buffer did not start")
+                if exit.code >= 0:
+                    raise self._failure(exit, "the buffer did not start")
+                self._ended(exit)  # somebody killed it, which says nothing of the next one
+            for name in self.restarts.due(time.monotonic()):
+                self._start(name)
             self._pause(deadline, f"the buffer to write {published}")
         self.address = published.read_text(encoding="utf-8").strip()
 
@@ -192,7 +197,8 @@ class Launch:
             return
         if is_refusal(exit):
             raise self._failure(exit, f"{exit.name} refused to run")
-        match self.restarts.ended(exit, time.monotonic()):
+        since = time.time() - exit.lived_s
+        match self.restarts.ended(exit, time.monotonic(), worked=worked(log_path(self.config), exit.name, since)):
             case GivenUp(attempts, []):
                 raise self._failure(
                     exit, f"{exit.name} ended {attempts} times, the last time after {exit.lived_s:.0f} s"

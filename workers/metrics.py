@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class MetricsWriter:
     def evaluation(self, step: int, metrics: Mapping[str, float], *, at: float | None = None) -> bool:
         """Writes an evaluation of the weights after `step` steps; False when the file has it already."""
         return self._write("eval_step", step, metrics, at)
+
+    def missing(self, key: str, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` that have no line with `key` ("step" or "eval_step")."""
+        return [step for step in steps if (key, step) not in self._written]
 
     def close(self) -> None:
         self._lines.close()

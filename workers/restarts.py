@@ -24,7 +24,7 @@ class Patience(Struct, frozen=True):
     attempts: int = 5
     backoff_s: float = 1.0
     healthy_s: float = 300.0
-    """A role that lived this long has its attempts back."""
+    """A role that lived this long has its attempts back, and so has one by whose work the run got further."""
 
 
 class Again(Struct, frozen=True):
@@ -55,9 +55,11 @@ class Restarts:
         """A role went because it was told to."""
         self._left.add(name)
 
-    def ended(self, exit: Exit, now: float) -> Again | GivenUp:
-        """A role ended that should not have."""
-        attempt = 1 if exit.lived_s >= self._patience.healthy_s else self._attempts.get(exit.name, 0) + 1
+    def ended(self, exit: Exit, now: float, *, worked: bool = False) -> Again | GivenUp:
+        """A role ended that should not have. `worked`: the run got further by what it did since it was started, so that
+        however often it ends, the run comes to its end too."""
+        healthy = worked or exit.lived_s >= self._patience.healthy_s
+        attempt = 1 if healthy else self._attempts.get(exit.name, 0) + 1
         self._attempts[exit.name] = attempt
         if attempt > self._patience.attempts:
             self._lost.add(exit.name)

@@ -51,6 +51,7 @@ class RunState:
         self.ledger = Ledger(pace_of(config), first_fence=starts * FENCES_PER_START)
         self.metrics = MetricsWriter(config.run_dir)
         self._restore()
+        self._complete_metrics()
 
     @property
     def finished(self) -> bool:
@@ -293,6 +294,17 @@ class RunState:
                 self.ledger.restore_rollout(row.group, sample.sample, sample.response_tokens)
                 for attempt, verdict, correct in sample.attempts:
                     self.ledger.restore_grade(row.group, sample.sample, attempt, verdict, correct)
+
+    def _complete_metrics(self) -> None:
+        """Lines that an earlier process did not come to write: a step and an evaluation count once the log has them, and
+        the figures follow after that."""
+        for step in self.metrics.missing("step", range(1, self.ledger.committed + 1)):
+            row = self.log.step(step)
+            if row is not None:
+                self.metrics.step(step, row.metrics, at=row.committed_at)
+        figures = {int(evaluation["eval_step"]): evaluation for evaluation in self.evals}
+        for step in self.metrics.missing("eval_step", figures):
+            self.metrics.evaluation(step, {name: v for name, v in figures[step].items() if name != "eval_step"})
 
 
 def pace_of(config: Config) -> Pace:
