@@ -165,6 +165,14 @@ def status(run: Run) -> None:
 
 
 @app.command()
+def audit(run: Run) -> None:
+    """Check a run's log against what it promises: one line a check, and every violation by name."""
+    from workers.audit import print_audit
+
+    raise typer.Exit(print_audit(run))
+
+
+@app.command()
 def report(run: Run) -> None:
     """Print a run's closing table and draw its curves."""
     from workers.report import report

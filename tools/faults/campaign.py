@@ -1,0 +1,281 @@
+"""Many faults over as many runs as they need, and what is checked after each run: its log, its figures, its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from msgspec import Struct
+
+from engine.config import Config, load_config
+from tools.faults.drill import LOOK_S, Drill, Fault, Outcome, possible
+from tools.faults.observer import Observer
+from tools.faults.processes import alive, cut_power, gone, roles_of, send, tree
+from workers.audit import audit
+
+Then = Literal["resume", "finish", "abandon"]
+
+END_S = 60.0
+"""How long a launcher that was told to end may take."""
+
+
+class Settings(Struct, frozen=True):
+    config: str
+    overrides: list[str]
+    out: Path
+    kills: int
+    power_cuts: int
+    seed: int
+    recover_s: float
+    limit_s: float
+    pause_s: float
+    stops_s: list[float]
+
+
+class Run(Struct):
+    """One run's end: the launcher's exit code, what the audit counted, and whether its weights were reproduced."""
+
+    name: str
+    steps: int
+    code: int | None
+    seconds: float
+    checks: dict[str, str] = {}
+    verified: str = ""
+    violations: list[str] = []
+
+
+class Result(Struct):
+    outcomes: list[Outcome] = []
+    runs: list[Run] = []
+    unmade: int = 0
+
+    @property
+    def violations(self) -> list[str]:
+        faults = [
+            f"{o.run} step {o.step}, {o.fault.kind} {o.fault.target}: {text}"
+            for o in self.outcomes
+            for text in o.violations
+        ]
+        return faults + [f"{run.name}: {text}" for run in self.runs for text in run.violations]
+
+
+class Campaign:
+    """`run()` makes the faults; it ends in `limit_s` at the latest, and leaves no process behind."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self.settings, self.say = settings, say
+        self.chance = random.Random(settings.seed)
+        self.deadline = time.monotonic() + settings.limit_s
+        self.result = Result(outcomes=[], runs=[])
+        self.faults: list[Fault] = []
+        self.base = load_config(settings.config, settings.overrides)
+        self.cuts_left, self.kills_left = settings.power_cuts, settings.kills
+
+    def run(self) -> Result:
+        number = 0
+        while (self.kills_left or self.cuts_left) and time.monotonic() < self.deadline:
+            number += 1
+            name = f"{self.base.name}-{self.settings.seed}-{number}"
+            made = len(self.result.outcomes)
+            self._one_run(name)
+            if len(self.result.outcomes) == made:
+                self.result.runs[-1].violations.append("the run ended before anything could be done to it")
+                break
+        self.result.unmade = self.kills_left + self.cuts_left
+        return self.result
+
+    def _one_run(self, name: str) -> None:
+        overrides = [*self.settings.overrides, f'runs="{self.settings.out}"', f'name="{name}"']
+        config, began = load_config(self.settings.config, overrides), time.monotonic()
+        run, observer = Run(name, 0, None, 0.0, checks={}, violations=[]), Observer(config.run_dir)
+        self.result.runs.append(run)
+        then: Then = "resume"
+        while then == "resume":
+            with self._launched(config, overrides, run) as launcher:
+                then = self._faults_of(config, launcher, observer, run)
+                if then == "finish":
+                    run.code = self._to_its_end(launcher)
+        observer.close()
+        run.seconds, run.steps = time.monotonic() - began, observer.step()
+        if run.code == 0:
+            self._check(config, run)
+        else:
+            how = "was ended for want of time" if run.code is None else f"launch ended with exit code {run.code}"
+            run.violations.append(f"{how}, see {self._output(config)}")
+
+    def _faults_of(self, config: Config, launcher: subprocess.Popen[bytes], observer: Observer, run: Run) -> Then:
+        """Makes faults until the run nears its end or none is left; what is to be done with the run then."""
+
+        def over() -> bool:
+            return launcher.poll() is not None or observer.step() >= config.steps
+
+        process = psutil.Process(launcher.pid)
+        drill = Drill(process, observer, over, recover_s=self.settings.recover_s)
+        while (self.kills_left or self.cuts_left) and self._progressed(drill, config):
+            if self.cuts_left and self.chance.random() < self.cuts_left / (self.cuts_left + self.kills_left):
+                self.cuts_left -= 1
+                self._cut(process, observer, run)
+                return "resume"
+            self.kills_left -= 1
+            fault = self._next_fault(process)
+            outcome = drill.run(fault)
+            self._keep(outcome)
+            if any(text.startswith("waited") for text in outcome.violations):
+                return "abandon"
+        if (cut := self._cut_outcome(run)) is not None and cut.step_s is None:
+            cut.violations.append("the run did not go on")
+            self._tell(cut)
+        return "finish"
+
+    def _progressed(self, drill: Drill, config: Config) -> bool:
+        """Waits for two more steps and a random while; False when too little of the run is left, or too little time."""
+        observer, deadline = drill.observer, time.monotonic() + drill.recover_s
+        first = observer.step()
+        while observer.step() < first + 2 or not self._all_there(config, drill.launcher):
+            self._see_cut_through(observer)
+            if drill.over() or time.monotonic() > min(deadline, self.deadline):
+                return False
+            time.sleep(LOOK_S)
+        self._see_cut_through(observer)
+        until = time.monotonic() + self.chance.uniform(0.0, self.settings.pause_s)
+        while time.monotonic() < until and not drill.over():
+            time.sleep(LOOK_S / 2)
+        return not drill.over() and observer.step() < config.steps - max(5, config.steps // 10)
+
+    def _all_there(self, config: Config, launcher: psutil.Process) -> bool:
+        ranks = config.learner.ranks if config.learner.ranks > 1 else 0
+        generators = config.generator.count if config.generator is not None else 0
+        return len(roles_of(launcher)) == 2 + ranks + generators + config.reward.count
+
+    def _next_fault(self, launcher: psutil.Process) -> Fault:
+        if not self.faults:
+            self.faults = possible(sorted(roles_of(launcher)), self.settings.stops_s, self.chance)
+        return self.faults.pop()
+
+    # --- power cuts --------------------------------------------------------------------------------------------------
+
+    def _cut(self, launcher: psutil.Process, observer: Observer, run: Run) -> None:
+        outcome = Outcome(run.name, Fault("power", "everything"), observer.step(), violations=[])
+        left = cut_power(launcher)
+        self.cut_at = time.time()
+        outcome.violations += [f"pid {process.pid} survived SIGKILL" for process in left]
+        self.result.outcomes.append(outcome)
+
+    def _cut_outcome(self, run: Run) -> Outcome | None:
+        last = self.result.outcomes[-1] if self.result.outcomes else None
+        return last if last is not None and last.fault.kind == "power" and last.run == run.name else None
+
+    def _see_cut_through(self, observer: Observer) -> None:
+        """Fills in when the run went on after the last power cut."""
+        last = self.result.outcomes[-1] if self.result.outcomes else None
+        if last is None or last.fault.kind != "power" or last.step_s is not None:
+            return
+        if (committed := observer.committed_after(self.cut_at)) is not None:
+            last.back_s = last.step_s = committed - self.cut_at
+            self._tell(last)
+
+    # --- a run's beginning and end ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _launched(self, config: Config, overrides: list[str], run: Run) -> Iterator[subprocess.Popen[bytes]]:
+        """A launcher, ended with everything below it when the block is left."""
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        options = [part for override in overrides for part in ("--set", override)]
+        command = [
+            sys.executable,
+            "-m",
+            "workers.cli",
+            "launch",
+            self.settings.config,
+            "--no-view",
+            "--resume",
+            *options,
+        ]
+        with self._output(config).open("ab") as output:
+            launcher = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            yield launcher
+        finally:
+            self._end(launcher, config, run)
+
+    def _end(self, launcher: subprocess.Popen[bytes], config: Config, run: Run) -> None:
+        if launcher.poll() is None:
+            everything = tree(psutil.Process(launcher.pid))
+            launcher.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(END_S)
+            if launcher.poll() is None:
+                launcher.kill()
+                launcher.wait(END_S)
+            send(gone(everything, 5.0), signal.SIGKILL)
+        left = gone(_of_run(config), 10.0)
+        run.violations += [
+            f"left behind after the end: pid {p.pid}, {' '.join(p.cmdline())[:120]}" for p in alive(left)
+        ]
+        send(left, signal.SIGKILL)
+
+    def _to_its_end(self, launcher: subprocess.Popen[bytes]) -> int | None:
+        """The exit code; None when the time is over before."""
+        try:
+            return launcher.wait(max(1.0, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _check(self, config: Config, run: Run) -> None:
+        for check in audit(config.run_dir):
+            run.checks[check.name] = check.counted
+            run.violations += [f"audit, {check.name}: {text}" for text in check.violations]
+        command = [sys.executable, "-m", "workers.cli", "replay", str(config.run_dir), "--verify"]
+        try:
+            found = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=self.settings.limit_s
+            )
+        except subprocess.TimeoutExpired:
+            run.violations.append(f"replay --verify was not done after {self.settings.limit_s:.0f} s")
+            return
+        run.verified = (found.stdout.strip().splitlines() or [""])[-1]
+        if found.returncode != 0:
+            run.violations.append(
+                f"replay --verify: exit code {found.returncode}: {(found.stdout + found.stderr)[-500:]}"
+            )
+
+    def _output(self, config: Config) -> Path:
+        return config.run_dir / "launch.out"
+
+    def _keep(self, outcome: Outcome) -> None:
+        self.result.outcomes.append(outcome)
+        self._tell(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        made = len(self.result.outcomes)
+        back, step = (f"{s:.1f} s" if s is not None else "-" for s in (outcome.back_s, outcome.step_s))
+        tokens = f", {outcome.tokens:.0f} tokens meanwhile" if outcome.tokens is not None else ""
+        stopped = f" for {outcome.fault.stop_s:.0f} s" if outcome.fault.kind == "stop" else ""
+        self.say(
+            f"{made:3d}  {outcome.run} step {outcome.step}: {outcome.fault.kind} {outcome.fault.target}{stopped}: works after "
+            f"{back}, next step after {step}{tokens}"
+        )
+        for text in outcome.violations:
+            self.say(f"     VIOLATION {text}")
+
+
+def _of_run(config: Config) -> list[psutil.Process]:
+    """Processes of this run, wherever they hang: their command lines name its folder."""
+    found, own = [], f"{config.run_dir / 'config.toml'}"
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and own in process.cmdline():
+                found.append(process)
+    return found
