@@ -51,8 +51,10 @@ def angles(config: UtelConfig, coordinates: Tensor) -> Tensor:
 
 
 def sinusoid(config: UtelConfig, coordinates: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., C] -> [..., D]: of each coordinate its sines, then its cosines."""
-    turns = angles(config, coordinates)
+    """[..., C] -> [..., D]: of each coordinate its sines, then its cosines. The angles are fp32 at least."""
+    size = config.sinusoid_size // coordinates.shape[-1]
+    exact = torch.promote_types(dtype, torch.float32)
+    turns = coordinates[..., None].to(exact) * frequencies(size, coordinates.device).to(exact)
     return torch.cat([turns.sin(), turns.cos()], dim=-1).flatten(-2).to(dtype)
 
 
@@ -141,11 +143,18 @@ class FastTerms:
         else:
             near = (query @ self.distances).gather(-1, self._steps(first, rows, heads))
             terms = torch.baddbmm(near.view(batch, heads * rows, -1), folded, self.keys.transpose(1, 2))
-        scale = 1 / math.sqrt(size)
-        bias = terms.view(batch, heads, rows, -1) * scale
+        # Added where the sum is made: no pass over all pairs but the products themselves.
+        logits = torch.baddbmm(
+            terms.view(batch * heads, rows, -1),
+            query.reshape(batch * heads, rows, size),
+            key.flatten(0, 1).transpose(1, 2),
+            beta=1 / math.sqrt(size),
+            alpha=1 / math.sqrt(size),
+        )
         if self.bias is not None:
-            bias = bias + self.bias
-        return functional.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+            logits = (logits.view(batch, heads, rows, -1) + self.bias).flatten(0, 1)
+        weights = functional.dropout(logits.softmax(dim=-1), dropout)
+        return torch.bmm(weights, value.flatten(0, 1)).view(batch, heads, rows, size)
 
     def _fold(self, query: Tensor, rows: slice) -> Tensor:
         """The query's side of the angle sum: sin(b - a) = sin b cos a - cos b sin a, cos(b - a) = sin b sin a + cos b cos a."""
