@@ -17,7 +17,8 @@ Stored = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, i
 def pretrain_critic(
     run: Stored,
     config: Annotated[
-        str | None, typer.Option(metavar="CONFIG", help="Take the sections critic and learner from here, not from the run.")
+        str | None,
+        typer.Option(metavar="CONFIG", help="Take the sections critic and learner from here, not from the run."),
     ] = None,
     set: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. critic.lr=1e-3.")
