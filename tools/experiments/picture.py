@@ -36,8 +36,8 @@ def table(title: str, found: Sequence[Summary]) -> Table:
             number(arm.best, scale=100),
             number(arm.length, digits=0),
             number(arm.entropy, digits=3),
-            number(arm.generated_tokens, scale=1e-6, digits=2),
-            number(arm.seconds, scale=1 / 60),
+            f"{arm.generated_tokens.mean / 1e6:.2f}",
+            f"{arm.seconds.mean / 60:.1f}",
         )
     return made
 
