@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ from protocols.link import Client
 from workers.trainer import Trained, Trainer
 
 ASK_AGAIN_S = 30.0
-"""A plan that has not come is asked for again: a buffer that restarted has forgotten who asked."""
+"""What has not come is asked for again, and at once after a new welcome."""
 DATA_TIMEOUT_S = 6 * 3600.0
 """A step whose groups do not become ready for this long is an error."""
 
@@ -104,18 +105,16 @@ class Learner:
     def plan(self, step: int) -> m.Plan:
         """Of the trainer's feed: waits until the buffer has the step's groups."""
         self.client.status(f"waits for the groups of step {step}", version=step - 1)
-        deadline = time.monotonic() + DATA_TIMEOUT_S
-        while time.monotonic() < deadline:
-            self.client.send(m.PlanRequest(step))
-            plan = self._poll(m.Plan, ASK_AGAIN_S)
-            if plan is not None and plan.step == step:
-                return plan
-        raise TimeoutError(f"learner: waited {DATA_TIMEOUT_S:.0f} s for the groups of step {step} from the buffer")
+        what = f"the plan of step {step}"
+        return self._ask(m.PlanRequest(step), m.Plan, lambda plan: plan.step == step, what, DATA_TIMEOUT_S)
 
     def pull(self, step: int, groups: list[int]) -> m.Batch:
         """Of the trainer's feed."""
-        self.client.send(m.Pull(step, groups))
-        return self._wait(m.Batch, f"groups of step {step}", PULL_TIMEOUT_S)
+
+        def asked(batch: m.Batch) -> bool:
+            return batch.step == step and batch.groups.tolist() == groups
+
+        return self._ask(m.Pull(step, groups), m.Batch, asked, f"groups of step {step}", PULL_TIMEOUT_S)
 
     def _finish(self, trained: Trained) -> None:
         """Commit, then publish, then checkpoint: what generators or a restart see is never ahead of the log."""
@@ -134,6 +133,20 @@ class Learner:
             self.publisher.publish(plan.step, named_weights(self.trainer.model), fingerprints=trained.policy)
         if plan.step % self.config.learner.checkpoint_every == 0 and not last:
             self.trainer.save(trained)
+
+    def _ask(self, question: m.Message, kind: type[T], answers: Callable[[T], bool], what: str, timeout_s: float) -> T:
+        """The buffer's answer to a question, asked again of every buffer: one that was started anew has forgotten who asked.
+        What answers an earlier asking is passed over. Raises as `_wait` does."""
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            welcome = self.client.welcome
+            self.client.send(question)
+            again = time.monotonic() + min(left, ASK_AGAIN_S)
+            while time.monotonic() < again and self.client.welcome is welcome:
+                found = self._poll(kind, 1.0)
+                if found is not None and answers(found):
+                    return found
+        raise TimeoutError(f"learner-{self.rank}: waited {timeout_s:.0f} s for {what} from {self.address}")
 
     def _wait(self, kind: type[T], what: str, timeout_s: float) -> T:
         """The next message of this kind. Raises `Over` at the buffer's goodbye, TimeoutError naming what it waited for."""
