@@ -28,6 +28,8 @@ class LearnerLost(RuntimeError):
 class WeightFeed:
     """`connect` to where the learner is announced, `poll` between decode steps.
 
+    Versions only rise: of a learner that was started anew nothing is taken until it is further than what was taken last.
+
     `prepare` is called with each update before `poll` returns it, one at a time and never while the owner still has one;
     what it raises (`WeightsRefused`, `FloatingPointError`) comes out of `poll`.
     """
@@ -49,6 +51,7 @@ class WeightFeed:
         self._subscriber: Subscriber | None = None
         self._connecting: Announce | None = None
         self._made: queue.SimpleQueue[tuple[Announce, Subscriber | ConnectionError]] = queue.SimpleQueue()
+        self._version = -1
         self._alone_since = time.monotonic()
         self._trouble = "none was announced by the buffer"
         self.counters: dict[str, float] = {"connects": 0}
@@ -73,7 +76,13 @@ class WeightFeed:
         if self._preparing is not None:
             return self._take_prepared()
         update = self._receive()
-        if update is None or self._prepare is None:
+        if update is None:
+            return None
+        if update.version <= self._version:  # a learner that came back publishes while it re-trains what the log has
+            update.release()
+            return None
+        self._version = update.version
+        if self._prepare is None:
             return update
         self._preparing = threading.Thread(target=self._run_prepare, args=[update], name="weights-prepare", daemon=True)
         self._preparing.start()
