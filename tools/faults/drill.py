@@ -125,7 +125,7 @@ class Drill:
         if found is None or found == before[fault.target]:
             return None
         if role_of(fault.target) == "buffer":
-            return time.time() if self.observer.status() is not None else None
+            return self.observer.joined_after(at)
         return self.observer.worked_after(fault.target, found.create_time())
 
     def _count(self, outcome: Outcome, sampled: dict[str, float]) -> None:

@@ -35,6 +35,10 @@ class Observer:
         """When the first step after `since` (Unix seconds) was committed."""
         return self._first("SELECT min(committed_at) FROM steps WHERE committed_at > ?", since)
 
+    def joined_after(self, since: float) -> float | None:
+        """When the buffer noted the first worker after `since`."""
+        return self._first("SELECT min(at) FROM events WHERE kind = 'joined' AND at > ?", since)
+
     def worked_after(self, name: str, since: float) -> float | None:
         """When the log has the first work that this role began after `since`: of a generator a response, of a reward a
         grade, of a learner a step."""
