@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from protocols.log import Log
+from protocols.log import Log, LogError
 from workers.audit_check import Audited, Check, each
 from workers.metrics import MetricsError, read_metrics
 
@@ -17,7 +17,10 @@ def database(audited: Audited) -> Check:
     """SQLite's own checks of the file, and of what rows refer to."""
     found = [str(text) for (text,) in audited.log.query("PRAGMA quick_check")]
     violations = [] if found == ["ok"] else found
-    violations += each(audited.log.query("PRAGMA foreign_key_check"), "row {1} of {0} refers to nothing in {2}")
+    try:
+        violations += each(audited.log.query("PRAGMA foreign_key_check"), "row {1} of {0} refers to nothing in {2}")
+    except LogError as error:  # tables that are not what the schema says
+        violations.append(str(error))
     pages = audited.log.query("PRAGMA page_count")[0][0] * audited.log.query("PRAGMA page_size")[0][0]
     return Check(f"{pages / 2**20:.1f} MiB of tables and what they refer to", violations)
 
