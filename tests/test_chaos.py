@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -51,8 +52,6 @@ def test_each_role_killed_once_and_the_run_is_whole(tmp_path: Path) -> None:
 
 
 def test_every_fault_comes_once_and_the_ranks_stand_for_their_learner() -> None:
-    from random import Random
-
     names = ["buffer", "learner", "learner rank 0", "learner rank 1", "generator-0", "reward-0"]
     faults = possible(names, [5.0], Random(3))
     assert sorted((f.kind, f.target) for f in faults) == [

@@ -32,9 +32,7 @@ class Fault(Struct, frozen=True):
     @property
     def role(self) -> str:
         """What recovery times are collected by."""
-        return (
-            "everything" if self.kind == "power" else f"{role_of(self.target)}{' rank' if ' ' in self.target else ''}"
-        )
+        return self.target.rpartition(" ")[0] or role_of(self.target)
 
 
 class Outcome(Struct):
