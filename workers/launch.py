@@ -18,7 +18,7 @@ from workers.launch_errors import LaunchError, LaunchRefused, Stopped, no_room, 
 from workers.metrics import read_metrics
 from workers.restarts import Again, GivenUp, Patience, Restarts
 from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_threads, roles, visible_gpus
-from workers.run_folder import complete, log_path, own, snapshot, trained
+from workers.run_folder import being_written, complete, log_path, own, snapshot, trained
 from workers.supervise import Exit, Supervisor
 from workers.view import View
 from workers.worked import worked
@@ -146,6 +146,9 @@ class Launch:
     def _start_buffer(self) -> None:
         """Starts the buffer and waits for the address that it publishes once it listens."""
         published = self.config.run_dir / "address"
+        deadline = time.monotonic() + self.patience.leave_s
+        while being_written(log_path(self.config)):  # a launcher that was killed: its roles take a moment to end
+            self._pause(deadline, f"an earlier launch's buffer to let go of {log_path(self.config)}")
         published.unlink(missing_ok=True)
         self._start("buffer")
         deadline = time.monotonic() + self.patience.address_s

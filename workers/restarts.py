@@ -16,6 +16,7 @@ class Patience(Struct, frozen=True):
     model_s: float = 600.0
     address_s: float = 180.0
     leave_s: float = 15.0
+    """For workers to leave after the run's end, and for the buffer of a launcher that was killed."""
     checkpoint_s: float = 600.0
     """For the learner to write its last checkpoint after the run's end."""
     term_s: float = 15.0

@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import IO
 
 from engine.config import Config, ConfigError, SftObjective
+from protocols.log_schema import LogError, lock_writer
 from workers.metrics import read_metrics
 
 
 def log_path(config: Config) -> Path:
     """The log; that it exists means that the run has begun."""
     return config.run_dir / "rollouts.db"
+
+
+def being_written(path: Path) -> bool:
+    """Whether a process has this log open for writing."""
+    try:
+        lock_writer(path).close()
+    except LogError:
+        return True
+    return False
 
 
 def trained(config: Config) -> bool:

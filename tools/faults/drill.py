@@ -23,7 +23,8 @@ LEFT_BEHIND_S = 10.0
 
 
 class Fault(Struct, frozen=True):
-    """`kill` is SIGKILL, `stop` SIGSTOP and after `stop_s` SIGCONT, `power` SIGKILL of everything at once."""
+    """`kill` is SIGKILL, `stop` SIGSTOP and after `stop_s` SIGCONT, `power` SIGKILL of everything at once or of the launcher
+    alone."""
 
     kind: Kind
     target: str
