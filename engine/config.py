@@ -270,7 +270,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         if isinstance(place, list) and part.isdigit() and int(part) < len(place):
             place = place[int(part)]
         elif isinstance(place, dict):
-            place = place.setdefault(part, {})
+            if place.get(part) is None:  # a section that plain data has as null
+                place[part] = {}
+            place = place[part]
         else:
             raise ConfigError(f"--set {override!r}: {'.'.join(path[: depth + 1])}: no such section")
     if not isinstance(place, dict):
