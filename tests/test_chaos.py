@@ -7,18 +7,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 import zmq
+from audited_run import config_of
+from stored_run import new_log
 
+from engine.models import create_model
 from engine.weights import Publisher
 from protocols.codec import decode, encode
-from protocols.messages import Ack, Announce
+from protocols.link import Client, Received, Server
+from protocols.messages import BOOL, FLOAT, INT, Ack, Announce, Batch, Hello, Message, Plan, PlanRequest, Pull
 from tools.faults.drill import possible
+from workers.learner import Learner
 from workers.restarts import Again, GivenUp, Patience, Restarts
+from workers.run_folder import being_written
 from workers.supervise import Exit
 from workers.weight_feed import WeightFeed
 
@@ -112,6 +120,64 @@ def test_a_learner_that_retrains_the_log_sets_no_generator_back(feed: WeightFeed
         assert next_version(feed, 20.0) == 8
     finally:
         second.close()
+
+
+def asked(server: Server, kind: type[Message], timeout_s: float = 30.0) -> str:
+    """Waits for a question of this kind, acknowledges it without an answer, and says who asked."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for event in server.poll(0.1):
+            if isinstance(event, Received) and event.id:
+                server.ack(event.worker, event.id)
+                if isinstance(event.message, kind):
+                    server.poll(0.0)
+                    return event.worker
+    raise AssertionError(f"waited {timeout_s} s for a {kind.__name__}")
+
+
+def test_a_learner_asks_the_buffer_that_comes_after_the_one_that_knew_what_it_waits_for(tmp_path: Path) -> None:
+    """Plan and groups: a buffer that dies after it has acknowledged the question takes the answer with it."""
+    config = config_of(tmp_path)
+    create_model(config.model, config.run_dir / "model", 0)  # type: ignore[arg-type]
+    empty = np.zeros(0, INT)
+    group = np.array([4], INT)
+    batch = Batch(
+        step=1, groups=group, prompt_lengths=np.array([0], INT), prompts=empty, sizes=np.array([0], INT), lengths=empty,
+        tokens=empty, logprobs=np.zeros(0, FLOAT), versions=empty, rewards=np.zeros(0, FLOAT), correct=np.zeros(0, BOOL),
+        truncated=np.zeros(0, BOOL),
+    )  # fmt: skip
+    answers: dict[type[Message], Message] = {PlanRequest: Plan(1, []), Pull: batch}
+    server = Server("tcp://127.0.0.1:0", heartbeat_s=0.2, peer_timeout_s=10.0)
+    address = server.address
+    hello = Hello(role="learner", name="learner-1", host="here", pid=1)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            connecting = pool.submit(Client, address, hello, timeout_s=20.0)
+            while not connecting.done():
+                server.poll(0.05)
+            learner = Learner(config, connecting.result(), address, rank=1, world=1, device="cpu")
+            for question, ask in ((PlanRequest, lambda: learner.plan(1)), (Pull, lambda: learner.pull(1, [4]))):
+                waiting = pool.submit(ask)
+                asked(server, question)
+                server.close()
+                server = Server(address, heartbeat_s=0.2, peer_timeout_s=10.0)
+                began = time.monotonic()
+                server.send(asked(server, question), answers[question])
+                while not waiting.done() and time.monotonic() < began + 20.0:
+                    server.poll(0.05)
+                assert waiting.result(timeout=0.0) is not None
+                assert time.monotonic() - began < 20.0, "it waited until it asks again anyway"
+            learner.client.close()
+        finally:
+            server.close()
+
+
+def test_a_log_is_being_written_until_its_writer_is_gone(tmp_path: Path) -> None:
+    """What a launcher waits for before it starts a buffer: the one of a launcher that was killed may be there still."""
+    log = new_log(tmp_path / "run")
+    assert being_written(log.path)
+    log.close()
+    assert not being_written(log.path)
 
 
 def test_a_generator_that_the_buffer_refuses_is_not_started_anew(tmp_path: Path) -> None:
