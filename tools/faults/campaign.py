@@ -107,9 +107,9 @@ class Campaign:
                     run.code = self._to_its_end(launcher)
         observer.close()
         run.seconds, run.steps = time.monotonic() - began, observer.step()
-        if run.code == 0:
+        if run.steps:
             self._check(config, run)
-        else:
+        if run.code != 0:
             how = "was ended for want of time" if run.code is None else f"launch ended with exit code {run.code}"
             run.violations.append(f"{how}, see {self._output(config)}")
 
