@@ -212,7 +212,12 @@ class Config(Section, frozen=True):
     @property
     def samples(self) -> bool:
         """Whether generators make the responses; otherwise rows bring them."""
-        return self.generator is not None and not self.offline and not isinstance(self.objective, SftObjective)
+        return self.generates and not self.offline
+
+    @property
+    def generates(self) -> bool:
+        """Whether generators run: they make the responses, or those of evaluations."""
+        return self.generator is not None and not isinstance(self.objective, SftObjective)
 
     @property
     def offline(self) -> bool:

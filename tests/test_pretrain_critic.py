@@ -198,7 +198,7 @@ def test_drift_is_what_a_plain_computation_says(run: Path, critic: Path, tmp_pat
     screen = io.StringIO()
     (found,) = drift(str(run), [str(critic)], str(tmp_path / "d.png"), Console(file=screen, width=160))
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
-    assert "mean value V" in screen.getvalue()
+    assert "mean value V and mean advantage A" in screen.getvalue()
     model = load_critic(critic, run / "model", dtype="float32", device="cpu")
     value: dict[int, list[float]] = {}
     advantage: dict[int, list[float]] = {}

@@ -22,6 +22,7 @@ from engine.config import (
     NewModel,
     PathModel,
     PpoObjective,
+    SftObjective,
 )
 from engine.tasks import named_tasks
 from workers import contradictions, remarks
@@ -187,7 +188,7 @@ def _pace(config: Config) -> Section:
     bound = (buffer.max_lag + 1) * buffer.groups_per_step
     samples = _samples(config)
     held = ("in the system", f"at most {bound:,} groups that will be trained = {bound * samples:,} samples")
-    if not config.samples:
+    if isinstance(config.objective, SftObjective):
         return Section("Pace", [held])
     synchronous = "none: sampling and training take turns"
     bounded = f"at most {buffer.max_lag} versions; older tokens are masked out of the loss"
@@ -236,7 +237,7 @@ def _whole(config: Config) -> Section:
         size = _bytes(samples * response * LOG_BYTES_PER_TOKEN)
         lines.append(("log", f"at most about {size} of trained samples; dropped ones are kept too"))
     evaluation = config.eval
-    if evaluation.prompts and config.samples:
+    if evaluation.prompts and config.generates:
         when = sorted({0, steps} | (set(range(0, steps, evaluation.every)) if evaluation.every else set()))
         each = evaluation.prompts * evaluation.samples
         lines.append(
@@ -269,7 +270,7 @@ def _samples(config: Config) -> int:
 
 
 def _response_tokens(config: Config) -> int | None:
-    if config.generator is None or not config.samples:
+    if config.generator is None or not config.generates:
         return None
     return config.generator.sampling.max_tokens
 

@@ -183,7 +183,7 @@ def _lengths(config: Config) -> Iterator[str]:
     if shape is None:
         return
     longest, names = prompt + 1, f"buffer.prompt_tokens = {prompt} and one response token"
-    if config.generator is not None and config.samples:
+    if config.generator is not None and config.generates:
         response = config.generator.sampling.max_tokens
         longest, names = (
             prompt + response,

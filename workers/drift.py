@@ -119,9 +119,9 @@ def _positions(count: np.ndarray) -> list[int]:
 
 
 def _table(found: Sequence[Drift], objective: PpoObjective) -> Table:
-    table = Table(title="by token position: mean value V, mean advantage A with lambda 0.95 and with the run's")
+    table = Table(title="mean value V and mean advantage A (lambda) by token position")
     for name in ("critic", "position", "responses", "V", "A (0.95)", f"A ({_lambda(objective)})"):
-        table.add_column(name, justify="left" if name == "critic" else "right")
+        table.add_column(name, justify="left" if name == "critic" else "right", overflow="fold")
     for one in found:
         loss, explained = one.figures["value_error"], one.figures["explained_variance"]
         figures = f"{one.name}\nvalue loss {loss:.4f}\nexplained variance {_number(explained)}"

@@ -34,7 +34,7 @@ def memory(config: Config, shape: ModelShape) -> list[Memory]:
         Memory("buffer", 1, {"process": PROCESS_BYTES["buffer"], "messages": _buffer_bytes(config)}),
         Memory("learner", config.learner.ranks, _learner_parts(config, shape)),
     ]
-    if config.generator is not None and config.samples:
+    if config.generator is not None and config.generates:
         found.append(Memory("generator", config.generator.count, _generator_parts(config, shape)))
         budget = config.reward.scorers * config.reward.memory_mb * 10**6
         parts = {"process": PROCESS_BYTES["reward"], "scorers at their limit": budget}
@@ -53,7 +53,7 @@ def _learner_parts(config: Config, shape: ModelShape) -> dict[str, int]:
     learner = config.learner
     size = BYTES[learner.dtype]
     tokens = learner.token_budget
-    if config.generator is not None and config.samples:
+    if config.generator is not None and config.generates:
         longest = config.buffer.prompt_tokens + config.generator.sampling.max_tokens
         tokens = max(longest, min(tokens, _share_of_update(config) * longest))
     parts = {"process": PROCESS_BYTES["learner"], "weights": shape.parameters * size}
@@ -65,7 +65,7 @@ def _learner_parts(config: Config, shape: ModelShape) -> dict[str, int]:
         }
     if isinstance(config.objective, PpoObjective):
         parts["critic"] = _critic_parameters(shape) * (2 * size + 2 * BYTES["float32"])
-    if config.samples:
+    if config.generates:
         parts["copy to publish"] = shape.parameters * size
     return parts
 
@@ -94,7 +94,7 @@ def _generator_parts(config: Config, shape: ModelShape) -> dict[str, int]:
 
 def _buffer_bytes(config: Config) -> int:
     """The largest message: one update's share of the groups for one rank, as columns, read and sent."""
-    if config.generator is None or not config.samples:
+    if config.generator is None or not config.generates:
         return 0
     return 2 * 12 * _share_of_update(config) * config.generator.sampling.max_tokens
 

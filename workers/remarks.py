@@ -21,7 +21,7 @@ HEARTBEATS = 3
 def notes(config: Config) -> list[str]:
     """What is allowed and perhaps not meant."""
     found = [*_idle_settings(config), *_splits(config)]
-    if config.generator is not None and config.samples:
+    if config.generator is not None and config.generates:
         found += [*_sampling(config, config.generator), *_capacity(config, config.generator)]
     return [*found, *_critic(config)]
 
