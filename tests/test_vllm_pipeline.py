@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -49,26 +51,40 @@ def test_two_vllm_generators_feed_a_run(tmp_path: Path) -> None:
 
 
 def test_one_of_vllm_and_one_of_ours_feed_one_run(tmp_path: Path) -> None:
-    options = overrides(tmp_path, **{"generator.count": 1, "steps": 12})
-    launch = subprocess.Popen(
-        [*COMMAND, "launch", "--no-view", "configs/quickstart-vllm.toml", *options],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    address = tmp_path / "quickstart-vllm" / "address"
-    try:
-        deadline = time.monotonic() + 120
-        while not address.exists():
-            assert time.monotonic() < deadline, "waited 120 s for the buffer's address"
-            time.sleep(0.1)
-        engine = '{type="torch", slots=8}'
-        ours = [*COMMAND, "generator", "configs/quickstart-vllm.toml", "--name", "ours"]
-        other = subprocess.run(
-            [*ours, *overrides(tmp_path, **{"generator.engine.slots": 8, "generator.engine": engine})],
-            cwd=ROOT, capture_output=True, text=True, timeout=800,
-        )  # fmt: skip
-        output, _ = launch.communicate(timeout=120)
-    finally:
-        launch.kill()
-    assert (launch.returncode, other.returncode) == (0, 0), (output, other.stderr)
-    found = versions_by_worker(tmp_path)
-    assert set(found) == {"generator-0", "ours"}
+    """Ours joins once vLLM's has begun; the run is stopped when trained steps hold responses of both."""
+    options = overrides(tmp_path, **{"generator.count": 1, "steps": 5000})
+    engine = {"generator.engine.slots": 8, "generator.engine": '{type="torch", slots=8}'}
+    ours = [*COMMAND, "generator", "configs/quickstart-vllm.toml", "--name", "ours", *overrides(tmp_path, **engine)]
+    launch = [*COMMAND, "launch", "--no-view", "configs/quickstart-vllm.toml", *options]
+    with open(tmp_path / "output", "w+") as output:
+        run = subprocess.Popen(launch, cwd=ROOT, stdout=output, stderr=output)
+        other = None
+        try:
+            until(lambda: "generator-0" in trained_by(tmp_path), run, 400.0)
+            other = subprocess.Popen(ours, cwd=ROOT, stdout=output, stderr=output)
+            until(lambda: trained_by(tmp_path) == {"generator-0", "ours"}, run, 200.0)
+            run.send_signal(signal.SIGINT)
+            assert run.wait(60) == 130
+        finally:
+            for process in filter(None, (run, other)):
+                process.kill()
+                process.wait()
+
+
+def trained_by(folder: Path) -> set[str]:
+    path = folder / "quickstart-vllm" / "rollouts.db"
+    if not path.exists():
+        return set()
+    with closing(Log.open(path)) as log:
+        rows = log.query(
+            "SELECT DISTINCT worker FROM rollouts JOIN groups ON groups.id = group_id WHERE status = 'trained'"
+        )
+    return {worker for (worker,) in rows}
+
+
+def until(condition: Callable[[], object], run: subprocess.Popen, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
