@@ -136,6 +136,9 @@ class RewardConfig(Section, frozen=True):
 
 
 class LearnerConfig(Section, frozen=True):
+    """`weight_updates`: "sparse" sends generators only the weights whose bits a step changed (a second copy of the weights
+    is kept for it), "dense" all of them; "auto" is sparse for bfloat16, where most weights round to what they were."""
+
     lr: float
     ranks: int = 1
     updates_per_step: int = 1
@@ -151,6 +154,7 @@ class LearnerConfig(Section, frozen=True):
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     bucket_mb: int = 32
+    weight_updates: Literal["auto", "dense", "sparse"] = "auto"
     peer_timeout_s: float = 60.0
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from engine.config import Config
+from engine.config import Config, LearnerConfig
 from engine.models import named_weights, resolve_device
 from engine.weights import Publisher
 from protocols import messages as m
@@ -122,6 +122,8 @@ class Learner:
         if self.publisher is not None:
             spent = self.publisher.counters["publish_wait_s"] + self.publisher.counters["copy_s"]
             metrics["publish_s"], self.published_s = spent - self.published_s, spent
+            if sends_changes(self.config.learner):  # of the version before: this one is still to be published
+                metrics["published_changed"] = self.publisher.counters["changed"]
         last = plan.step == self.config.steps
         if last:  # before the commit that ends the run: a run that is complete has its last checkpoint
             self.trainer.save(trained)
@@ -188,6 +190,7 @@ class Learner:
             device=device,
             bucket_bytes=self.config.learner.bucket_mb << 20,
             peer_timeout_s=self.config.learner.peer_timeout_s,
+            sparse=sends_changes(self.config.learner),
         )
         self._announce()
         self.publisher.publish(self.start, named_weights(self.trainer.model))
@@ -197,6 +200,11 @@ class Learner:
         if self.publisher is not None and self.client.welcome is not self.announced_to:
             self.announced_to = self.client.welcome
             self.client.send(m.Announce(*self.publisher.address))
+
+
+def sends_changes(config: LearnerConfig) -> bool:
+    """Whether generators get what a step changed instead of all weights."""
+    return config.weight_updates == "sparse" or (config.weight_updates == "auto" and config.dtype == "bfloat16")
 
 
 def reachable_host(address: str) -> str:

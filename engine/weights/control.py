@@ -21,6 +21,7 @@ from msgspec import Struct
 from torch.distributed import QueueEmptyError, TCPStore
 
 from engine.weights.layout import Layout
+from engine.weights.patch import PatchLayout
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +79,13 @@ class Leave(Struct, frozen=True, tag="leave"):
 
 
 class Offer(Struct, frozen=True, tag="offer"):
-    """Version `version` is to be had; make room for it."""
+    """Version `version` is to be had; make room for it. With a `patch`, as the change of a version that is held."""
 
     offer: int
     version: int
     bucket_bytes: int
     layout: Layout
+    patch: PatchLayout | None = None
 
 
 class Take(Struct, frozen=True, tag="take"):

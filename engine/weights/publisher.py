@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from engine.weights import control
 from engine.weights.control import Check, Failed, Join, Leave, Offer, Ready, Refused, Reject, ToPublisher
 from engine.weights.groups import Groups
-from engine.weights.layout import Digests, Layout, layout_of
+from engine.weights.layout import Digests
 from engine.weights.roster import Member, Roster
+from engine.weights.staging import Staged, Staging
 from engine.weights.transport import Connect, TransportError, backend_of, connect, transfer
 
 log = logging.getLogger(__name__)
@@ -27,16 +27,6 @@ BUCKET_BYTES = 32 << 20
 GRACE_S = 2.0
 IDLE_POLL_S = 0.02
 BUSY_POLL_S = 0.0003
-
-
-@dataclass
-class Staged:
-    """The newest weights, aside. `fingerprints` come with them, or from the first broadcast."""
-
-    version: int
-    layout: Layout
-    flat: Tensor
-    fingerprints: list[str] | None
 
 
 class Publisher:
@@ -55,12 +45,14 @@ class Publisher:
         device: str = "cpu",
         bucket_bytes: int = BUCKET_BYTES,
         peer_timeout_s: float = 60.0,
+        sparse: bool = False,
         connect: Connect = connect,
     ) -> None:
         """Listen on `host`, an address of this machine that subscribers reach (port 0: any free one).
 
         `device` is where weights are staged: "cpu" goes over gloo, "cuda" over NCCL (subscribers must have the same,
-        and a GPU each that is not the learner's). Raises `OSError` when it cannot listen.
+        and a GPU each that is not the learner's). `sparse` sends a member that holds the version before only what
+        changed, where that is less; it takes a second copy of the weights. Raises `OSError` when it cannot listen.
         """
         if bucket_bytes < 1 or peer_timeout_s <= 0:
             raise ValueError(f"weights: got bucket_bytes {bucket_bytes}, peer_timeout_s {peer_timeout_s}; expected > 0")
@@ -71,6 +63,7 @@ class Publisher:
         """(host, port) that a `Subscriber` is given."""
         self._roster = Roster(peer_timeout_s=peer_timeout_s, grace_s=min(GRACE_S, peer_timeout_s / 2))
         self._groups = Groups(self._store, connect, host=host, device=self._device, timeout_s=peer_timeout_s)
+        self._staging = Staging(self._device, sparse=sparse)
         self._staged: Staged | None = None
         self._sending = False
         self._closing = False
@@ -78,7 +71,7 @@ class Publisher:
         self._changed = threading.Condition()
         self._counters = dict.fromkeys(
             ["published", "bytes", "broadcasts", "broadcast_s", "publish_wait_s", "copy_s", "groups"], 0.0
-        ) | dict.fromkeys(["dropped", "refused_updates", "failed_updates"], 0.0)
+        ) | dict.fromkeys(["dropped", "refused_updates", "failed_updates", "patches", "patch_s", "changed"], 0.0)
         self._thread = threading.Thread(target=self._run, name="weights-publisher", daemon=True)
         self._thread.start()
         atexit.register(
@@ -88,7 +81,9 @@ class Publisher:
     @property
     def counters(self) -> dict[str, float]:
         """Totals since the start, and `members` now. `bytes` counts a broadcast's payload once, for all its receivers;
-        `groups` are those built, `failed_updates` and `refused_updates` count members."""
+        `groups` are those built, `failed_updates` and `refused_updates` count members; `patches` are broadcasts of
+        what changed, `patch_s` the time to find it, `changed` the share of entries that the newest version changed (1.0
+        where no patch was worth its while)."""
         with self._changed:
             return {**self._counters, "members": float(len(self._roster.members))}
 
@@ -107,15 +102,14 @@ class Publisher:
         `ValueError` for a version that does not rise or fingerprints of other names, `RuntimeError` when the
         background thread has ended.
         """
-        layout = layout_of(tensors)
-        given = None if fingerprints is None else _in_order(layout, fingerprints)
+        staged = self._staging.plan(version, tensors, fingerprints)
         started = time.monotonic()
         with self._changed:
             self._wait_until_sent()
             waited = time.monotonic()
             if self._staged is not None and version <= self._staged.version:
                 raise ValueError(f"weights: got version {version}, expected more than {self._staged.version}")
-            self._staged = Staged(version, layout, self._copy_aside(layout, tensors), given)
+            self._staged = self._staging.copy(staged, tensors)
             self._counters["published"] += 1
             self._counters["publish_wait_s"] += waited - started
             self._counters["copy_s"] += time.monotonic() - waited
@@ -168,17 +162,6 @@ class Publisher:
         if not self._thread.is_alive():
             raise RuntimeError("weights: the publisher's thread has ended; its error was reported on stderr")
 
-    def _copy_aside(self, layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
-        flat = None if self._staged is None else self._staged.flat
-        if flat is None or flat.numel() != layout.nbytes:
-            flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self._device)
-        with torch.no_grad():
-            for name, view in layout.views(flat).items():
-                view.copy_(tensors[name])
-        if flat.is_cuda:
-            torch.cuda.current_stream(flat.device).synchronize()
-        return flat
-
     # --- the background thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -186,12 +169,16 @@ class Publisher:
             with self._changed:
                 if self._closing:
                     break
-                party = self._turn(time.monotonic())
-                if not party:
+                staged = self._staged if self._staging.patch_due(self._staged) else None
+                party = self._turn(time.monotonic()) if staged is None else []
+                if not party and staged is None:
                     self._changed.wait(BUSY_POLL_S if self._roster.expecting(time.monotonic()) else IDLE_POLL_S)
                     continue
                 self._sending, self._moved_at = True, time.monotonic()
-            self._serve(party)
+            if staged is None:
+                self._serve(party)
+            else:
+                self._patch(staged)
         self._groups.close()
 
     def _turn(self, now: float) -> list[Member]:
@@ -205,8 +192,10 @@ class Publisher:
             control.forget(self._store, member.id)
         if self._staged is None:
             return []
-        for member in self._roster.offer(self._staged.version, now):
-            offer = Offer(member.offer, self._staged.version, self._bucket_bytes, self._staged.layout)
+        patch = self._staged.patch
+        for member in self._roster.offer(self._staged.version, now, None if patch is None else patch.layout.base):
+            how = patch.layout if patch is not None and member.patched else None
+            offer = Offer(member.offer, self._staged.version, self._bucket_bytes, self._staged.layout, how)
             control.send(self._store, control.queue_of(member.id), offer)
         return self._roster.party(self._staged.version, now)
 
@@ -219,13 +208,8 @@ class Publisher:
             return
         match message:
             case Ready() if self._staged is not None and member.offered_version == self._staged.version:
-                if message.nbytes != self._staged.layout.nbytes:
-                    log.error(
-                        "weights: %s has room for %d bytes, expected %d",
-                        member.name,
-                        message.nbytes,
-                        self._staged.layout.nbytes,
-                    )
+                if message.nbytes != (expected := self._staged.payload(member.patched).numel()):
+                    log.error("weights: %s has room for %d bytes, expected %d", member.name, message.nbytes, expected)
                     self._roster.fail(member, now)
             case Refused():
                 self._counters["refused_updates"] += 1
@@ -247,6 +231,16 @@ class Publisher:
         self._roster.join(Member(message.member, message.name, message.version, now))
         self._changed.notify_all()
 
+    def _patch(self, staged: Staged) -> None:
+        """Find what changed, while nothing is sent and nothing is published."""
+        started = time.monotonic()
+        share = self._staging.make_patch(staged)
+        with self._changed:
+            self._counters["patch_s"] += time.monotonic() - started
+            self._counters["changed"] = share
+            self._sending = False
+            self._changed.notify_all()
+
     def _serve(self, party: list[Member]) -> None:
         staged = self._staged
         if staged is None:
@@ -263,7 +257,8 @@ class Publisher:
             if error is None:
                 self._roster.sent(party, now)
                 self._counters["broadcasts"] += 1
-                self._counters["bytes"] += staged.layout.nbytes
+                self._counters["patches"] += party[0].patched
+                self._counters["bytes"] += staged.payload(party[0].patched).numel()
                 self._counters["broadcast_s"] += now - started
             else:
                 self._give_up(party, error, now)
@@ -272,12 +267,15 @@ class Publisher:
 
     def _broadcast(self, staged: Staged, party: list[Member]) -> None:
         transport = self._groups.seat(party, self._roster.members.values())
+        patched = party[0].patched
         digests = Digests(staged.layout) if staged.fingerprints is None else None
-        for bucket in transfer(transport, staged.flat, self._bucket_bytes):
+        for bucket in transfer(transport, staged.payload(patched), self._bucket_bytes):
             self._moved_at = time.monotonic()
-            if digests is not None:
+            if digests is not None and not patched:
                 digests.feed(bucket)
         if digests is not None:
+            if patched:
+                digests.feed(staged.flat)
             staged.fingerprints = digests.result()
         for member in party:
             control.send(self._store, control.queue_of(member.id), Check(member.offer, staged.fingerprints or []))
@@ -290,11 +288,3 @@ class Publisher:
         for member in party:
             self._roster.fail(member, now)
         self._groups.close_unused(self._roster.members.values())
-
-
-def _in_order(layout: Layout, fingerprints: Mapping[str, str]) -> list[str]:
-    names = [entry.name for entry in layout.entries]
-    if set(names) != set(fingerprints):
-        odd = sorted(set(names) ^ set(fingerprints))[:3]
-        raise ValueError(f"weights: tensors and fingerprints differ in names, {odd} among them; expected the same")
-    return [fingerprints[name] for name in names]

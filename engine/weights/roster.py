@@ -26,6 +26,7 @@ class Member:
     offered_version: int = -1
     asked_at: float = math.inf
     ready: bool = False
+    patched: bool = False
     served: bool = False
     failures: int = 0
     retry_at: float = 0.0
@@ -89,8 +90,9 @@ class Roster:
         """Members that do not hold `version`."""
         return [member for member in self.members.values() if member.version != version]
 
-    def offer(self, version: int, now: float) -> list[Member]:
-        """Members that are to be offered `version` now; each has its offer's number set."""
+    def offer(self, version: int, now: float, base: int | None = None) -> list[Member]:
+        """Members that are to be offered `version` now; each has its offer's number set. Where there is a patch of version
+        `base`, those that hold `base`, and had no trouble of late, are to be `patched`."""
         chosen = []
         for member in self.behind(version):
             if member.offer and (member.offered_version == version or member.asked_at < math.inf):
@@ -98,17 +100,20 @@ class Roster:
             if now >= member.retry_at:
                 self._offers += 1
                 member.offer, member.offered_version, member.ready = self._offers, version, False
+                member.patched = base is not None and member.version == base and not member.failures
                 member.asked_at = now
                 chosen.append(member)
         return chosen
 
     def party(self, version: int, now: float) -> list[Member]:
-        """Who receives `version` together now; nobody while some that have just been asked may still answer."""
+        """Who receives `version` together now, all of them whole or all of them patched; nobody while some that have just
+        been asked may still answer."""
         if self.expecting(now):
             return []
         ready = [member for member in self.behind(version) if member.ready and member.offered_version == version]
         sound = [member for member in ready if member.failures < ALONE_AFTER]
-        return [m for m in sound if m.served] or sound or ready[:1]
+        chosen = [m for m in sound if m.served] or sound or ready[:1]
+        return [m for m in chosen if m.patched == chosen[0].patched]
 
     def expecting(self, now: float) -> bool:
         """Whether somebody has been asked so recently that his answer is worth waiting for."""

@@ -6,14 +6,12 @@ import atexit
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 import msgspec
 import torch
-from torch import Tensor
 from torch.distributed import TCPStore
 
 from engine.weights import control
@@ -34,21 +32,12 @@ from engine.weights.control import (
     ToMember,
     ToPublisher,
 )
-from engine.weights.layout import Digests, weights_hash
-from engine.weights.transport import Connect, Seat, Transport, TransportError, backend_of, connect, transfer
+from engine.weights.incoming import Incoming, NotHeld, make_room
+from engine.weights.layout import weights_hash
+from engine.weights.transport import Connect, Seat, Transport, TransportError, backend_of, connect
 from engine.weights.update import Shelf, Update
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Incoming:
-    """An update on its way: the buffer it comes into, the tensors in it, and what they hash to once all are in."""
-
-    offer: Offer
-    flat: Tensor
-    tensors: dict[str, Tensor]
-    fingerprints: list[str] | None = None
 
 
 class Subscriber:
@@ -220,32 +209,39 @@ class Subscriber:
         return member
 
     def _prepare(self, offer: Offer) -> None:
-        flat = self._shelf.claim(offer.layout.nbytes)
-        self._say(self._store, Ready(self._member, offer.offer, flat.numel()))
-        self._incoming = Incoming(offer, flat, offer.layout.views(flat))  # while the learner reads that
+        try:
+            incoming = make_room(offer, self._shelf, self._device)
+        except NotHeld as error:
+            self._fail_offer(offer.offer, str(error))
+            return
+        self._say(self._store, Ready(self._member, offer.offer, incoming.payload.numel()))
+        self._incoming = incoming
 
     def _take(self, take: Take) -> None:
         incoming = self._incoming
         if incoming is None or incoming.offer.offer != take.offer:
             return
         started = time.monotonic()
-        offer, digests = incoming.offer, Digests(incoming.offer.layout)
         try:
-            for bucket in transfer(self._seated(take), incoming.flat, offer.bucket_bytes):
-                digests.feed(bucket)
-        except TransportError as error:
-            log.warning("%s: version %d: %s", self, offer.version, error)
-            self._counters["failed"] += 1
+            incoming.receive(self._seated(take), self._shelf)
+        except (TransportError, ValueError) as error:
             self._disconnect()
-            self._say(self._store, Failed(self._member, take.offer, str(error)))
+            self._fail_offer(take.offer, f"version {incoming.offer.version}: {error}")
             return
-        incoming.fingerprints = digests.result()
-        self._counters["bytes"] += incoming.flat.numel()
+        self._counters["bytes"] += incoming.payload.numel()
         self._counters["receive_s"] += time.monotonic() - started
+
+    def _fail_offer(self, offer: int, reason: str) -> None:
+        log.warning("%s: %s", self, reason)
+        self._counters["failed"] += 1
+        self._incoming = None
+        self._say(self._store, Failed(self._member, offer, reason))
 
     def _check(self, check: Check) -> None:
         incoming = self._incoming
-        if incoming is None or incoming.offer.offer != check.offer or incoming.fingerprints is None:
+        if incoming is None or incoming.offer.offer != check.offer:
+            return
+        if incoming.fingerprints is None or incoming.flat is None:
             return
         self._incoming = None
         version, names = incoming.offer.version, [entry.name for entry in incoming.offer.layout.entries]
@@ -257,7 +253,8 @@ class Subscriber:
             self._disconnect()
             self._say(self._store, Refused(self._member, check.offer, wrong))
             return
-        self._shelf.put(version, incoming.tensors, hash=weights_hash(found), flat=incoming.flat)
+        tensors = incoming.offer.layout.views(incoming.flat)
+        self._shelf.put(version, tensors, hash=weights_hash(found), flat=incoming.flat)
         self._counters["received"] += 1
         self._say(self._store, Done(self._member, check.offer))
 

@@ -49,6 +49,8 @@ class Shelf:
         self._ready: Update | None = None
         self._out: Update | None = None
         self._taken_version: int | None = None
+        self._newest: tuple[int, Tensor] | None = None
+        """The newest verified version whose bytes are still there, and the buffer that has them."""
         self.changed = threading.Condition()
 
     @property
@@ -60,8 +62,39 @@ class Shelf:
     def claim(self, nbytes: int) -> Tensor:
         """A buffer to receive into: uint8 [nbytes]. An update that waits in it unseen is withdrawn."""
         with self.changed:
+            buffer = self._claim(nbytes)
+            if self._newest is not None and not self._kept_beside(buffer, self._newest[1]):
+                self._newest = None
+            return buffer
+
+    def holds(self, version: int) -> bool:
+        """Whether the bytes of `version` are there to be changed into those of a later one."""
+        with self.changed:
+            return self._newest is not None and self._newest[0] == version
+
+    def claim_filled(self, version: int) -> Tensor | None:
+        """A buffer to change in place, with the bytes of `version` in it; None when it is not held. It is the one that held
+        them, from which an update that waits there unseen is withdrawn, or a copy where its owner still has that one."""
+        with self.changed:
+            if self._newest is None or self._newest[0] != version:
+                return None
+            source = self._newest[1]
+            if self._out is not None and self._out.flat is source:
+                return self._claim(source.numel()).copy_(source)
+            if self._ready is not None and self._ready.flat is source:
+                self._ready = None
+            self._newest = None
+            return source
+
+    def _kept_beside(self, claimed: Tensor, buffer: Tensor) -> bool:
+        return claimed is not buffer and any(buffer is other for other in self._buffers)
+
+    def _claim(self, nbytes: int) -> Tensor:
+        with self.changed:
+            newest = None if self._newest is None else self._newest[1]
             busy = [update.flat for update in (self._out, self._ready) if update is not None]
             free = [buffer for buffer in self._buffers if not any(buffer is other for other in busy)]
+            free.sort(key=lambda buffer: buffer is newest)
             if not free and len(self._buffers) == 2 and self._ready is not None:
                 free, self._ready = [self._ready.flat], None
             for buffer in free:
@@ -76,6 +109,7 @@ class Shelf:
         """Offer verified tensors, views of `flat`, to the owner, in place of any that it has not taken."""
         with self.changed:
             self._ready = Update(version, tensors, hash=hash, flat=flat, release=self._put_back)
+            self._newest = (version, flat)
             self.changed.notify_all()
 
     def take(self) -> Update | None:

@@ -1,0 +1,85 @@
+"""Where the learner's weights lie aside while they are sent: in one buffer, or in two by turns to see what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.weights.layout import Layout, layout_of
+from engine.weights.patch import DTYPES, Patch, make_patch
+
+
+@dataclass
+class Staged:
+    """The newest weights, aside. `fingerprints` come with them, or from the first broadcast. `before` is the version before
+    in its own buffer, until `patch` was made of it."""
+
+    version: int
+    layout: Layout
+    flat: Tensor
+    fingerprints: list[str] | None
+    before: tuple[int, Tensor] | None = None
+    patch: Patch | None = None
+
+    def payload(self, patched: bool) -> Tensor:
+        """What is sent: uint8 [n]."""
+        return self.patch.payload if patched and self.patch is not None else self.flat
+
+
+class Staging:
+    """Buffers on `device`. With `sparse` the version before is kept, and patches are made of it."""
+
+    def __init__(self, device: torch.device, *, sparse: bool) -> None:
+        self._device, self._sparse = device, sparse
+        self._newest: Staged | None = None
+        self._spare: Tensor | None = None
+
+    def plan(self, version: int, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, str] | None) -> Staged:
+        """How `tensors` will lie. Raises `ValueError` when there are none, or for fingerprints of other names."""
+        layout = layout_of(tensors)
+        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
+        return Staged(version, layout, nothing, None if fingerprints is None else _in_order(layout, fingerprints))
+
+    def copy(self, staged: Staged, tensors: Mapping[str, Tensor]) -> Staged:
+        """Copy `tensors` aside as planned; nothing may be sending what was staged before."""
+        newest, size = self._newest, staged.layout.nbytes
+        flat = self._spare if self._sparse or newest is None else newest.flat
+        if flat is None or flat.numel() != size:
+            flat = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        with torch.no_grad():
+            for name, view in staged.layout.views(flat).items():
+                view.copy_(tensors[name])
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()
+        staged.flat = flat
+        if self._sparse and newest is not None:
+            self._spare = newest.flat
+            if newest.layout == staged.layout:
+                staged.before = (newest.version, newest.flat)
+        self._newest = staged
+        return staged
+
+    def patch_due(self, staged: Staged | None) -> bool:
+        """Whether it is still open what changed."""
+        return staged is not None and staged.before is not None
+
+    def make_patch(self, staged: Staged) -> float:
+        """Find what changed; the share of entries that did, 1.0 where no patch is worth its while."""
+        if staged.before is None:
+            return 1.0
+        unit = min(entry.torch_dtype.itemsize for entry in staged.layout.entries)
+        version, old = staged.before
+        staged.patch = make_patch(old, staged.flat, base=version, unit=unit if unit in DTYPES else 1)
+        staged.before = None
+        return 1.0 if staged.patch is None else staged.patch.changed / staged.patch.entries
+
+
+def _in_order(layout: Layout, fingerprints: Mapping[str, str]) -> list[str]:
+    names = [entry.name for entry in layout.entries]
+    if set(names) != set(fingerprints):
+        odd = sorted(set(names) ^ set(fingerprints))[:3]
+        raise ValueError(f"weights: tensors and fingerprints differ in names, {odd} among them; expected the same")
+    return [fingerprints[name] for name in names]
