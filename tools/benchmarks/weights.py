@@ -16,66 +16,32 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed
-import torch.multiprocessing
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.distributed import TCPStore
 
-from engine.weights import Publisher, Subscriber, fingerprints
+from engine.weights import Publisher, fingerprints
+from tools.benchmarks import weights_patches
+from tools.benchmarks.weights_receiver import HOST, TIMEOUT_S, answer, ask, receiver, shapes
 
-HOST = "127.0.0.1"
 WARM_UP = 2
 """Transfers before the measured ones: buffers are touched, groups are built."""
-TIMEOUT_S = 60.0
-
 Row = dict[str, float | str]
-
-
-def shapes() -> dict[str, tuple[int, ...]]:
-    """The parameters of SmolLM2-135M (tied output): 272 tensors, 134,515,008 numbers."""
-    hidden, inner, keys, vocabulary, layers = 576, 1536, 192, 49_152, 30
-    found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in range(layers):
-        found |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-                "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden),
-                "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, hidden),
-                "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-            }.items()
-        }  # fmt: skip
-    return found
 
 
 def run(buckets_mib: list[int], *, repeats: int) -> list[Row]:
     """One row a bucket size, and one more at the default size with fingerprints that were computed before."""
     torch.set_num_threads(1)
     tensors = {name: torch.randn(shape) for name, shape in shapes().items()}
-    context = torch.multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    receiver = context.Process(target=receive, args=[theirs, store.port], daemon=True)
-    receiver.start()
-    try:
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=2)
-        rows = [measure(mib, tensors, ours, repeats=repeats) for mib in buckets_mib]
+    with receiver() as other:
+        rows = [measure(mib, tensors, other, repeats=repeats) for mib in buckets_mib]
         prints = fingerprints(tensors)
-        rows.append(measure(32, tensors, ours, repeats=repeats, prints=prints))
-        ours.send(("end", None))
-        receiver.join(TIMEOUT_S)
-    finally:
-        receiver.kill()
-        torch.distributed.destroy_process_group()
+        rows.append(measure(32, tensors, other, repeats=repeats, prints=prints))
     return rows
 
 
@@ -120,55 +86,6 @@ def broadcast(flat: Tensor, receiver: Connection) -> float:
     return max(ended, float(answer(receiver))) - started
 
 
-def ask(receiver: Connection, what: str, argument: Any) -> Any:
-    receiver.send((what, argument))
-    return answer(receiver)
-
-
-def answer(receiver: Connection) -> Any:
-    if not receiver.poll(TIMEOUT_S):
-        raise TimeoutError(f"benchmark: no answer from the receiving process within {TIMEOUT_S} s")
-    return receiver.recv()
-
-
-def receive(learner: Connection, port: int) -> None:
-    """The other process: does what the first one asks, and says when it was done (both read one monotonic clock)."""
-    torch.set_num_threads(1)
-    store = TCPStore(HOST, port, is_master=False, wait_for_workers=False)
-    torch.distributed.init_process_group("gloo", store=store, rank=1, world_size=2)
-    parameters = {name: torch.zeros(shape) for name, shape in shapes().items()}
-    flat = torch.zeros(0, dtype=torch.uint8)
-    subscriber: Subscriber | None = None
-    while (request := learner.recv())[0] != "end":
-        match request:
-            case ("raw", size):
-                flat = flat if flat.numel() == size else torch.zeros(size, dtype=torch.uint8)
-                torch.distributed.barrier()
-                torch.distributed.broadcast(flat, 0)
-                learner.send(time.monotonic())
-            case ("join", address):
-                subscriber = Subscriber(HOST, address, name="receiver", timeout_s=TIMEOUT_S)
-                learner.send(None)
-            case ("take", version) if subscriber is not None:
-                learner.send(take(subscriber, version, parameters))
-            case ("leave", _) if subscriber is not None:
-                subscriber.close()
-                learner.send(None)
-    torch.distributed.destroy_process_group()
-
-
-def take(subscriber: Subscriber, version: int, parameters: dict[str, Tensor]) -> tuple[float, float]:
-    """(when the verified update was there, seconds to copy it into the parameters)."""
-    with subscriber.wait(TIMEOUT_S) as update:
-        arrived = time.monotonic()
-        if update.version != version:
-            raise ValueError(f"benchmark: got version {update.version}, expected {version}")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(update.tensors[name])
-        return arrived, time.monotonic() - arrived
-
-
 def show(rows: list[Row]) -> None:
     table = Table(title="135M float32 parameters, publisher to subscriber: median (lowest to highest) in ms")
     for column in ("buckets", "verified", "raw broadcast", "speed of raw", "GB/s", "copy aside", "generator stalls"):
@@ -188,11 +105,17 @@ def spread(row: Row, what: str) -> str:
 def main(
     buckets: Annotated[str, typer.Option(help="Comma-separated bucket sizes in MiB.")] = "4,8,16,32,64,128",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
+    changed: Annotated[str, typer.Option(help="Comma-separated shares of bfloat16 weights that a step changes.")] = (
+        "0.001,0.01,0.05,0.2"
+    ),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
-    """Compare publishing weights, verified, with a raw gloo broadcast of the same bytes."""
+    """Compare publishing weights, verified, with a raw gloo broadcast of the same bytes; then sparse updates with dense."""
     rows = run([int(mib) for mib in buckets.split(",")], repeats=repeats)
     show(rows)
+    patches = weights_patches.run([float(share) for share in changed.split(",")], repeats=repeats)
+    weights_patches.show(patches)
+    rows += patches
     if json_path is not None:
         json_path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
