@@ -122,8 +122,8 @@ class Learner:
         if self.publisher is not None:
             spent = self.publisher.counters["publish_wait_s"] + self.publisher.counters["copy_s"]
             metrics["publish_s"], self.published_s = spent - self.published_s, spent
-            if sends_changes(self.config.learner):  # of the version before: this one is still to be published
-                metrics["published_changed"] = self.publisher.counters["changed"]
+            if sends_changes(self.config.learner) and self.publisher.counters["published"] > 1:
+                metrics["published_changed"] = self.publisher.counters["changed"]  # by the step before this one
         last = plan.step == self.config.steps
         if last:  # before the commit that ends the run: a run that is complete has its last checkpoint
             self.trainer.save(trained)

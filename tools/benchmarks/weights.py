@@ -106,7 +106,7 @@ def main(
     buckets: Annotated[str, typer.Option(help="Comma-separated bucket sizes in MiB.")] = "4,8,16,32,64,128",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     changed: Annotated[str, typer.Option(help="Comma-separated shares of bfloat16 weights that a step changes.")] = (
-        "0.001,0.01,0.05,0.2"
+        "0.002,0.01,0.05,0.2"
     ),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
