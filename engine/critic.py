@@ -18,7 +18,8 @@ from transformers import AutoModelForTokenClassification, PretrainedConfig, PreT
 
 from engine.attention import NAME
 from engine.config import ConfigError
-from engine.models import DTYPES, hidden_states, quiet, read_config, resolve_device
+from engine.devices import resolve_device
+from engine.models import DTYPES, hidden_states, quiet, read_config
 from engine.packing import Pack
 
 HEAD = "score"

@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from engine.config import GeneratorConfig, VllmEngine
+from engine.devices import resolve_device
 from engine.generate_vllm_canary import Canary
 from engine.generate_vllm_requests import Draws, EngineLost, Progress
 from engine.generate_vllm_start import check_installed, check_parallel, set_environment
-from engine.models import resolve_device
 from engine.responses import Job, Response, check_ticket
 from engine.text import TextModel
 from protocols.messages import HandBack, Held, Rollout, Ticket

@@ -33,16 +33,10 @@ from transformers.utils import logging as transformers_logging
 from engine.attention import ARGUMENT, NAME, Attention
 from engine.characters import EOS, PAD, save_tokenizer
 from engine.config import ConfigError, NewModel
+from engine.devices import resolve_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = "headrace_model.json"
-
-
-def resolve_device(name: str) -> str:
-    """ "auto" becomes "cuda" where there is one, else "cpu"; any other name stays."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(path: str | Path, *, dtype: str, device: str, weights: bool = True) -> PreTrainedModel:

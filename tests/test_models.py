@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from engine.config import ConfigError, NewModel
-from engine.models import create_model, hidden_states, load_model, named_weights, output_weight, resolve_device
+from engine.devices import resolve_device
+from engine.models import create_model, hidden_states, load_model, named_weights, output_weight
 
 SIZES = {
     "vocab_size": 61,

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from engine.config import ConfigError, LengthAdaptive, PpoObjective, VcppoObjective
 from engine.critic import FOLDER, load_critic, token_values
-from engine.models import resolve_device
+from engine.devices import resolve_device
 from engine.objectives.ppo import gae_columns
 from engine.objectives.values import VALUE_SUMS, value_figures, value_sums
 from engine.packing import pack

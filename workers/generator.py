@@ -20,9 +20,10 @@ import torch
 
 from engine.adopt_weights import WeightsRefused
 from engine.config import Config, ConfigError, TorchEngine, VllmEngine, policy_folder
+from engine.devices import resolve_device
 from engine.generate_torch import TicketRefused, TorchGenerator
 from engine.generate_vllm import EngineLost, VllmGenerator, start_vllm
-from engine.models import load_model, resolve_device
+from engine.models import load_model
 from engine.text import TextModel
 from engine.weights import Update
 from protocols.link import Client, LinkError, LinkRefused, LinkTimeout

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Config, LearnerConfig
-from engine.models import named_weights, resolve_device
+from engine.devices import resolve_device
+from engine.models import named_weights
 from engine.weights import Publisher
 from protocols import messages as m
 from protocols.link import Client

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import ConfigError, LearnerConfig
-from engine.models import resolve_device
+from engine.devices import resolve_device
 from workers.roles import torchrun
 from workers.supervise import TETHER
 

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from engine.checkpoint import latest_checkpoint
 from engine.config import Config
-from engine.models import resolve_device
+from engine.devices import resolve_device
 from protocols.log import Log, LogError
 from workers.lines import duration
 from workers.log_feed import LogFeed

@@ -14,7 +14,7 @@ from msgspec import Struct
 from engine.documents.tags import tag_fault
 from engine.fields import TaskError, read_jsonl
 
-__all__ = ["SIZE", "Box", "Page", "TaskError", "normalise_box", "read_pages", "write_pages"]
+__all__ = ["SIZE", "Box", "Page", "TaskError", "normalise_box", "read_pages", "write_pages", "write_rows"]
 
 SIZE = 1000
 """Boxes are in thousandths of the page's width and height."""
@@ -85,8 +85,13 @@ def read_pages(path: Path) -> Iterator[Page]:
 
 
 def write_pages(path: Path, pages: Iterable[Page]) -> int:
-    """Writes a .jsonl or .jsonl.gz file, whole or not at all, and returns how many pages it holds. The same pages give
-    the same bytes. Raises `TaskError` where the file cannot be written."""
+    """`write_rows` of pages."""
+    return write_rows(path, pages)
+
+
+def write_rows(path: Path, rows: Iterable[object]) -> int:
+    """Writes a .jsonl or .jsonl.gz file, whole or not at all, and returns how many rows it holds. The same rows give the
+    same bytes. Raises `TaskError` where the file cannot be written."""
     count = 0
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     encoder = msgspec.json.Encoder()
@@ -94,8 +99,8 @@ def write_pages(path: Path, pages: Iterable[Page]) -> int:
         with part.open("wb") as raw:
             packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else None
             file = cast(IO[bytes], packed or raw)
-            for page in pages:
-                file.write(encoder.encode(page) + b"\n")
+            for row in rows:
+                file.write(encoder.encode(row) + b"\n")
                 count += 1
             if packed is not None:
                 packed.close()

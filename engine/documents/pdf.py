@@ -116,25 +116,21 @@ def read_pdf(path: Path, report: PdfReport, *, name: str | None = None) -> Itera
     their family is "pdf" and their template NAME (the file's own without `name`), so that a split can go by file.
     Raises `TaskError` for a file that is encrypted or cannot be read."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = _bytes(path)
+    except TaskError:
         report.files += 1
-        raise TaskError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise
     yield from read_pdf_bytes(data, report, name=path.stem if name is None else name, where=str(path))
 
 
 def read_pdf_bytes(data: bytes, report: PdfReport, *, name: str, where: str) -> Iterator[Page]:
     """As `read_pdf`, of a file's content; `where` names it in errors."""
-    report.files += 1
     unread = report.pages_without_text + report.unreadable_pages
-    try:
-        pages = pdfplumber.open(io.BytesIO(data)).pages
-    except _BROKEN as error:
-        raise _refusal(where, error) from error
+    pages = _open(data, report, where)
     for number, source in enumerate(pages, 1):
         report.pages += 1
         try:
-            words, boxes = _read_page(source, report)
+            words, boxes, _ = _read_page(source, report)
         except _BROKEN as error:
             report.broken_pages += 1
             _LOG.warning("%s: page %d: cannot be read: %r", where, number, error)
@@ -144,9 +140,56 @@ def read_pdf_bytes(data: bytes, report: PdfReport, *, name: str, where: str) -> 
         if words:
             report.kept += 1
             report.words += len(words)
-            yield Page(id=f"{name}-p{number:03d}", words=words, boxes=boxes, family="pdf", template=name)
+            yield _page(words, boxes, name, number)
     if unread := report.pages_without_text + report.unreadable_pages - unread:
         _LOG.warning("%s: %d of %d pages hold no text that can be read: they need OCR", where, unread, len(pages))
+
+
+class PdfPage(NamedTuple):
+    """`quarters`: by how many quarter turns clockwise a reader turns what a viewer shows (text drawn sideways or upside
+    down). `report` is of this page alone."""
+
+    page: Page
+    quarters: int
+    report: PdfReport
+
+
+def read_pdf_page(path: Path, number: int) -> PdfPage:
+    """One page, from 1. Raises `TaskError` for a file that cannot be read, a page that is not there, and a page without
+    words, with the reason."""
+    report = PdfReport()
+    pages = _open(_bytes(path), report, str(path))
+    if not 1 <= number <= len(pages):
+        raise TaskError(f"{path}: page: got {number}, expected 1 to {len(pages)}")
+    where = f"{path}: page {number}"
+    try:
+        words, boxes, turn = _read_page(pages[number - 1], report)
+    except _BROKEN as error:
+        raise TaskError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+    if report.pages_without_text or report.unreadable_pages:
+        raise TaskError(f"{where}: has no text layer that can be read, as a scan has none; run OCR on it first")
+    if not words:
+        raise TaskError(f"{where}: has no words, expected at least one")
+    return PdfPage(_page(words, boxes, path.stem, number), turn.quarters, report)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _open(data: bytes, report: PdfReport, where: str) -> list[Any]:
+    report.files += 1
+    try:
+        return list(pdfplumber.open(io.BytesIO(data)).pages)
+    except _BROKEN as error:
+        raise _refusal(where, error) from error
+
+
+def _page(words: list[str], boxes: list[Box], name: str, number: int) -> Page:
+    return Page(id=f"{name}-p{number:03d}", words=words, boxes=boxes, family="pdf", template=name)
 
 
 def _refusal(where: str, error: BaseException) -> TaskError:
@@ -156,7 +199,7 @@ def _refusal(where: str, error: BaseException) -> TaskError:
     return TaskError(f"{where}: not a PDF that can be read: {type(cause).__name__}: {cause}")
 
 
-def _read_page(source: Any, report: PdfReport) -> tuple[list[str], list[Box]]:
+def _read_page(source: Any, report: PdfReport) -> tuple[list[str], list[Box], _Turn]:
     frame = _frame(source)
     size = frame[2] - frame[0], frame[3] - frame[1]
     if min(size) <= 0 or not all(map(math.isfinite, size)):
@@ -167,7 +210,7 @@ def _read_page(source: Any, report: PdfReport) -> tuple[list[str], list[Box]]:
         drawn = bool(source.images or source.curves)
         report.pages_without_text += drawn
         report.empty_pages += not drawn
-        return [], []
+        return [], [], _Turn(0)
     turn = Counter(turns).most_common(1)[0][0]
     straight = [_straight(char, turn, frame) for char, its in zip(chars, turns, strict=True) if its == turn]
     others = [char for char, its in zip(chars, turns, strict=True) if its != turn]
@@ -175,9 +218,9 @@ def _read_page(source: Any, report: PdfReport) -> tuple[list[str], list[Box]]:
     found = _words(straight)
     if 2 * sum("(cid:" in word["text"] for word in found) >= len(found) > 0:
         report.unreadable_pages += 1
-        return [], []
+        return [], [], _Turn(0)
     report.rotated_pages += bool(turn.quarters or source.rotation)
-    return _place(found, size if turn.quarters % 2 == 0 else size[::-1], report)
+    return *_place(found, size if turn.quarters % 2 == 0 else size[::-1], report), turn
 
 
 def _frame(source: Any) -> tuple[float, float, float, float]:

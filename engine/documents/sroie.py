@@ -52,10 +52,13 @@ class _Receipt(Struct):
     fields: dict[str, str]
 
 
-def read_sroie_jsonl(path: Path, report: SroieReport) -> Iterator[Page]:
+def read_sroie_jsonl(path: Path, report: SroieReport, *, labels: bool = True) -> Iterator[Page]:
     """Pages of a .jsonl(.gz) file of {"id", "width", "height", "lines": [{"box", "text"}], "fields"}, boxes in pixels.
-    Raises `TaskError` that names file and line."""
+    Without `labels` nobody looks at "fields", which may then be anything or missing. Raises `TaskError` that names file and
+    line."""
     for where, fields in read_jsonl(path):
+        if not labels:
+            fields = {**fields, "fields": {}}
         try:
             receipt = msgspec.convert(fields, _Receipt, strict=False)
         except msgspec.ValidationError as error:
@@ -82,6 +85,8 @@ def read_sroie_folder(folder: Path, report: SroieReport) -> Iterator[Page]:
 def _page(where: str, receipt: _Receipt, report: SroieReport) -> Page:
     if receipt.width < 1 or receipt.height < 1:
         raise TaskError(f"{where}: got a page of {receipt.width} x {receipt.height} pixels, expected at least 1 x 1")
+    if not receipt.id:
+        raise TaskError(f"{where}: id: got an empty text")
     words: list[str] = []
     boxes: list[Box] = []
     lines: list[Line] = []

@@ -133,7 +133,6 @@ class Tagging:
         return {"tag_loss": float(sums["tag_nll"][0]) / words, "tag_accuracy": float(sums["tag_right"][0]) / words}
 
 
-@torch.no_grad()
 def predict_tags(
     model: UtelTagger,
     pieces: WordPiece,
@@ -143,27 +142,42 @@ def predict_tags(
     overlap: int = 128,
     token_budget: int = 8192,
 ) -> list[list[str]]:
-    """BIO tags, one a word, of whole pages. A word that is in several windows is tagged in the one whose edges are furthest
-    away from it (the page's own edges do not count)."""
+    """BIO tags, one a word, of whole pages: each word's likeliest label, see `predict_logits`."""
+    logits = predict_logits(model, pieces, pages, length=length, overlap=overlap, token_budget=token_budget)
+    return [to_tags(own.argmax(axis=-1).tolist(), model.labels) for own in logits]
+
+
+@torch.no_grad()
+def predict_logits(
+    model: UtelTagger,
+    pieces: WordPiece,
+    pages: Sequence[EncodedPage],
+    *,
+    length: int = 512,
+    overlap: int = 128,
+    token_budget: int = 8192,
+) -> list[np.ndarray]:
+    """fp32 [words, labels] of each page. A word that is in several windows is read in the one whose edges are furthest away
+    from it (the page's own edges do not count)."""
     training, device = model.training, model.classifier.weight.device
     model.eval()
     shared = min(overlap, max(0, length - 3))
     found = [(index, window) for index, page in enumerate(pages) for window in windows(page, length, overlap=shared)]
-    numbers = [np.zeros(len(page), dtype=np.int64) for page in pages]
+    logits = [np.zeros((len(page), len(model.labels)), dtype=np.float32) for page in pages]
     margins = [np.full(len(page), -1) for page in pages]
     for some in _split([window for _, window in found], token_budget):
         inputs, at = _lay_out([found[place][1] for place in some], pieces, device)
-        predicted = model(inputs, at).argmax(dim=-1).cpu().numpy()
+        predicted = model(inputs, at).cpu().numpy()
         first = 0
         for place in some:
             index, window = found[place]
             own, first = predicted[first : first + len(window)], first + len(window)
             margin = _margin(window)
             better = margin > margins[index][window.first : window.stop]
-            numbers[index][window.first : window.stop][better] = own[better]
+            logits[index][window.first : window.stop][better] = own[better]
             margins[index][window.first : window.stop][better] = margin[better]
     model.train(training)
-    return [to_tags(own.tolist(), model.labels) for own in numbers]
+    return logits
 
 
 def _margin(window: Window) -> np.ndarray:
