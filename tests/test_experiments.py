@@ -13,14 +13,16 @@ from rich.console import Console
 
 from engine.answers import extract
 from engine.config import load_config
-from tools.experiments import picture, running_total
-from tools.experiments.__main__ import BASE, COLD_START, main, report
-from tools.experiments.arms import SETS, Arm, differences
+from tools.experiments import guessed_total, picture, running_total
+from tools.experiments.__main__ import main
+from tools.experiments.arms import GUESSED, RUNNING, SETS, Arm, differences
 from tools.experiments.figures import Curve, Measured, measured, over_seeds, summarize
 from tools.experiments.runs import Experiment, RunFailed
 from workers.check import problems
 from workers.metrics import MetricsWriter
 
+BASE, COLD_START = RUNNING.base, RUNNING.starts[0]
+CRITIC = Path("critic")
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(r"([a-z])(\d)(\d)\+(\d)(\d)=(\d)(\d)")
 
@@ -104,6 +106,39 @@ def test_a_written_file_is_read_as_a_task(tmp_path: Path) -> None:
     assert extract(row.solution, "last-line") == json.loads(row.answer)["answer"]
 
 
+def test_guesses_spoil_a_computation_and_all_else_is_right() -> None:
+    rows, guessed = guessed_total.problems(400, 3, shortest=13, longest=21), 0
+    for row in rows:
+        *lines, answer = row.solution.split("\n")
+        total, step = row.prompt[:2], row.prompt[3:5]
+        letters = [chr(ord(row.prompt[6]) - number) for number in range(len(lines))]
+        for number, (letter, line) in enumerate(zip(letters, lines, strict=True)):
+            assert line[:6] == f"{letter}{total}+{step}"
+            if line[6] == "=":
+                assert line[7:] == "".join(str((int(a) + int(b)) % 5) for a, b in zip(total, step, strict=True))
+            else:
+                assert (line[6], number < guessed_total.EARLY) == ("?", True)
+            total = line[7:]
+        assert (letters[-1], answer) == ("a", total)
+        assert answer == row.answer or "?" in row.solution
+        guessed += "?" in row.solution
+    assert 0.5 < guessed / len(rows) < 0.75
+
+
+def test_guessed_rows_are_long_and_fit() -> None:
+    rows, config = guessed_total.problems(400, 5, shortest=13, longest=21), load_config(GUESSED.base)
+    lengths = sorted(len(row.solution) + 1 for row in rows)
+    assert lengths[len(rows) // 2] >= 150
+    assert lengths[-1] <= config.generator.sampling.max_tokens  # type: ignore[union-attr]
+    assert rows == guessed_total.problems(400, 5, shortest=13, longest=21)
+    for row in rows:
+        assert set(row.prompt + row.solution) <= set(config.model.alphabet)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="27 lines"):
+        guessed_total.problem((0, 0), (1, 1), [None] * 27)
+    with pytest.raises(ValueError, match="at most 625"):
+        guessed_total.problems(626, 0, shortest=3, longest=3)
+
+
 # --- the arms --------------------------------------------------------------------------------------------------------
 
 LADDER = {
@@ -135,7 +170,7 @@ def test_the_base_is_naive_grpo() -> None:
 
 
 def test_each_rung_differs_from_the_one_below_in_its_own_setting() -> None:
-    arms = SETS["ladder"](load_config(BASE))
+    arms = SETS["ladder"].arms(load_config(BASE), CRITIC)
     assert [arm.name for arm in arms] == list(LADDER)
     before = Arm("base")
     for arm in arms:
@@ -145,42 +180,60 @@ def test_each_rung_differs_from_the_one_below_in_its_own_setting() -> None:
 
 
 def test_critic_arms_differ_in_pretraining_and_lambdas() -> None:
-    base = load_config(BASE)
-    arms = {arm.name: arm for name in ("components", "lambda") for arm in SETS[name](base)}
-    change = differences(BASE, arms["ppo-pretrained"], arms["ppo"])
-    assert change == {"critic.pretrain_steps": (0, arms["vcppo"].pretrain)}
-    assert differences(BASE, arms["vcppo"], arms["ppo-pretrained"]) == {"objective.lam_critic": (0.95, 1.0)}
+    path, base = GUESSED.base, load_config(GUESSED.base)
+    arms = {arm.name: arm for name in ("components", "lambda") for arm in SETS[name].arms(base, CRITIC)}
+    assert differences(path, arms["ppo-pretrained"], arms["ppo"]) == {"critic.path": (None, "critic")}
+    assert differences(path, arms["vcppo"], arms["ppo-pretrained"]) == {"objective.lam_critic": (0.95, 1.0)}
     for lam, name in ((0.9, "vcppo-0.9"), (0.99, "vcppo-0.99"), (1.0, "vcppo-1")):
-        assert differences(BASE, arms[name], arms["vcppo"]) == {"objective.lam_actor": (0.95, lam)}
+        assert differences(path, arms[name], arms["vcppo"]) == {"objective.lam_actor": (0.95, lam)}
 
 
 @pytest.mark.parametrize("table", SETS)
 def test_arms_share_all_but_the_objective_the_critic_and_the_reward(table: str) -> None:
-    for arm in SETS[table](load_config(BASE)):
-        keys = {key.partition(".")[0] for key in differences(BASE, arm, Arm("base"))}
+    base = SETS[table].task.base
+    for arm in SETS[table].arms(load_config(base), CRITIC):
+        keys = {key.partition(".")[0] for key in differences(base, arm, Arm("base"))}
         assert keys <= {"objective", "critic", "reward", "buffer"}
         assert arm.needs_critic == ("critic" in keys)
 
 
-def test_arms_start_from_the_cold_start(tmp_path: Path) -> None:
-    experiment = Experiment(BASE, COLD_START, tmp_path, 40)
-    for arm in (arm for table in SETS.values() for arm in table(load_config(BASE))):
+@pytest.mark.parametrize("table", SETS)
+def test_arms_start_from_the_cold_start_and_its_critic(table: str, tmp_path: Path) -> None:
+    comparison = SETS[table]
+    experiment = Experiment(comparison.task, tmp_path, 40)
+    policies = [f"{run.config.run_dir}/checkpoints/step-{run.config.steps:06d}" for run in experiment.cold]
+    starts = [run.config.model.path for run in experiment.cold[1:]]  # type: ignore[union-attr]
+    assert starts == policies[:-1]
+    for arm in comparison.arms(load_config(comparison.task.base), experiment.critic_folder):
         config = experiment.run(arm, 3).config
-        assert config.model.path.startswith(str(tmp_path / "cold-start" / "checkpoints"))  # type: ignore[union-attr]
-        assert (config.seed, config.steps, config.name) == (3, 40 + arm.pretrain, f"{arm.name}-s3")
-        assert not config.cold_start
+        assert config.model.path == policies[-1]  # type: ignore[union-attr]
+        assert (config.seed, config.steps, config.name, config.cold_start) == (3, 40, f"{arm.name}-s3", "")
+        if arm.pretrained:
+            assert config.critic is not None
+            assert config.critic.path == str(experiment.critic_folder)
         assert problems(config) == []
 
 
+def test_the_critic_is_pretrained_on_the_starting_policys_log(tmp_path: Path) -> None:
+    experiment = Experiment(GUESSED, tmp_path, 40)
+    collect, pretraining = experiment.critic
+    assert f'path = "{tmp_path}/cold-start-2/checkpoints/step-000100"' in collect.command
+    assert pretraining.command == f"headrace pretrain-critic {tmp_path}/collect"
+    with pytest.raises(RunFailed, match=r"(?s)pretrain-critic: exit code 2; .*no such run"):
+        pretraining.execute()
+    assert not pretraining.done
+    assert Experiment(RUNNING, tmp_path, 40).critic == []
+
+
 def test_commands_say_what_is_run(tmp_path: Path) -> None:
-    command = Experiment(BASE, COLD_START, tmp_path, 40).run(SETS["ladder"](load_config(BASE))[1], 0).command
+    command = Experiment(RUNNING, tmp_path, 40).run(SETS["ladder"].arms(load_config(BASE), CRITIC)[1], 0).command
     assert command.startswith("headrace launch configs/running-total.toml --set ")
     assert "objective.overlong_filter=true" in command
 
 
 def test_a_run_that_cannot_start_is_named_with_its_words(tmp_path: Path) -> None:
-    experiment = Experiment(BASE, COLD_START, tmp_path, 40)  # there is no cold start
-    run = experiment.run(SETS["ladder"](load_config(BASE))[0], 0)
+    experiment = Experiment(RUNNING, tmp_path, 40)  # there is no cold start
+    run = experiment.run(SETS["ladder"].arms(load_config(BASE), CRITIC)[0], 0)
     with pytest.raises(RunFailed, match=r"(?s)grpo-s0: exit code 2; .*cold-start"):
         run.execute()
     assert not run.done
@@ -189,40 +242,29 @@ def test_a_run_that_cannot_start_is_named_with_its_words(tmp_path: Path) -> None
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def _stored(folder: Path, accuracies: list[float], *, pretrain: int = 0) -> Path:
-    """A run's metrics file: an evaluation every 10 steps, the first after the critic-only ones."""
+def _stored(folder: Path, accuracies: list[float]) -> Path:
+    """A run's metrics file: an evaluation every 10 steps."""
     writer = MetricsWriter(folder)
-    writer.evaluation(0, {"accuracy": 0.0, "length_mean": 100.0}, at=1000.0)
     for number, accuracy in enumerate(accuracies):
-        writer.evaluation(pretrain + 10 * number, {"accuracy": accuracy, "length_mean": 150.0 + number}, at=1000.0)
-    for step in range(1, pretrain + 10 * len(accuracies) - 9):
-        figures = {"entropy": 5.0 if step <= pretrain else 0.2, "length_mean": 160.0, "total_tokens": 1000.0 * step}
+        writer.evaluation(10 * number, {"accuracy": accuracy, "length_mean": 150.0 + number}, at=1000.0)
+    for step in range(1, 10 * len(accuracies) - 9):
+        figures = {"entropy": 0.2, "length_mean": 160.0, "total_tokens": 1000.0 * step}
         writer.step(step, figures, at=1000.0 + step)
     writer.close()
     return folder
 
 
 def test_figures_of_a_run(tmp_path: Path) -> None:
-    run = measured(_stored(tmp_path, [0.3, 0.7, 0.6], pretrain=20), seed=1, command="c", pretrain=20)
+    run = measured(_stored(tmp_path, [0.3, 0.7, 0.6]), seed=1, command="c")
     assert run.accuracy == Curve([0, 10, 20], [0.3, 0.7, 0.6])
     assert run.length.values == [150.0, 151.0, 152.0]
-    assert run.entropy.steps == list(range(1, 21))
-    assert set(run.entropy.values) == {0.2}
-    assert run.generated_tokens == 40_000.0
-
-
-def test_a_policy_that_has_not_moved_yet_starts_as_it_was_measured_last(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
-    for step, accuracy in ((0, 0.3), (10, 0.4), (20, 0.5), (25, 0.6)):
-        writer.evaluation(step, {"accuracy": accuracy, "length_mean": 1.0}, at=1000.0)
-    writer.step(25, {"entropy": 0.2, "length_mean": 1.0, "total_tokens": 1.0}, at=1000.0)
-    writer.close()
-    assert measured(tmp_path, seed=0, command="c", pretrain=15).accuracy == Curve([0, 5, 10], [0.4, 0.5, 0.6])
+    assert run.entropy == Curve(list(range(1, 21)), [0.2] * 20)
+    assert run.generated_tokens == 20_000.0
 
 
 def test_summaries_are_over_seeds_and_gains_paired(tmp_path: Path) -> None:
     def run(name: str, seed: int, *accuracies: float) -> Measured:
-        return measured(_stored(tmp_path / f"{name}{seed}", list(accuracies)), seed=seed, command="c", pretrain=0)
+        return measured(_stored(tmp_path / f"{name}{seed}", list(accuracies)), seed=seed, command="c")
 
     plain = [run("a", 0, 0.2, 0.5, 0.4), run("a", 1, 0.4, 0.6, 0.8)]
     better = [run("b", 1, 0.4, 0.9, 0.9)]
@@ -250,11 +292,11 @@ def test_curves_of_unequal_length_are_averaged_where_they_are() -> None:
 
 
 def test_a_report_without_any_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    experiment = Experiment(BASE, COLD_START, tmp_path, 40)
-    report(experiment, "components", SETS["components"](load_config(BASE)), [0, 1])
+    assert main(["components", "--report", "--runs", str(tmp_path), "--seeds", "0", "1"]) == 0
     assert "not run yet: grpo, ppo, ppo-pretrained, vcppo" in capsys.readouterr().out
     document = json.loads((tmp_path / "components.json").read_text(encoding="utf-8"))
     assert document["arms"]["vcppo"]["runs"] == []
+    assert document["beforehand"][-1].startswith("headrace pretrain-critic ")
     assert (tmp_path / "components.png").stat().st_size > 1000
 
 

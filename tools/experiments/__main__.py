@@ -4,8 +4,9 @@
     tools/experiments/vcppo components lambda             # VC-PPO's Tables 2 and 4
     tools/experiments/vcppo --report                      # tables and pictures of what has run so far
 
-Runs that are done are not run again, one that was cut off goes on. Everything lies in the folder `--runs`: the runs
-themselves, and for each table TABLE.json with all figures and commands, and TABLE.png with the curves.
+Rows, cold start, value pretraining and arms: whatever a table wants is made, once. Runs that are done are not run again, one
+that was cut off goes on. Everything lies in the folder `--runs`: for each table TABLE.json with all figures and commands, and
+TABLE.png with the curves, written anew after every seed; the runs themselves are in a folder for each task.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from rich.console import Console
 
 from engine.config import ConfigError, JsonlTask, load_config
 from tools.benchmarks.__main__ import machine
-from tools.experiments import picture, running_total
-from tools.experiments.arms import SETS, Arm, changes
+from tools.experiments import picture
+from tools.experiments.arms import SETS, Arm, Comparison, Task, changes
 from tools.experiments.figures import Measured, measured, summarize
 from tools.experiments.runs import Experiment, execute_all
 
-BASE = "configs/running-total.toml"
-COLD_START = "configs/running-total-sft.toml"
 WIDTH = 132
 """Columns of a table that goes to a file."""
 
@@ -37,12 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs and reports; 0, 1 when a run failed, 2 for settings that cannot be used, 130 after Ctrl-C."""
     options = _options(arguments)
     try:
-        base = load_config(BASE, options.set)
-        experiment = Experiment(BASE, COLD_START, options.runs, options.steps or base.steps, tuple(options.set))
-        tables = {name: SETS[name](base) for name in options.tables}
-        failed = [] if options.report else _run(experiment, tables, options.seeds)
-        for name, arms in tables.items():
-            report(experiment, name, arms, options.seeds)
+        experiments = {name: _experiment(SETS[name], options) for name in options.tables}
+        failed = [] if options.report else _run(experiments, options)
+        for name, experiment in experiments.items():
+            report(experiment, name, options)
     except ConfigError as error:
         print(f"vcppo: {error}", file=sys.stderr)
         return 2
@@ -54,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def report(experiment: Experiment, name: str, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+def report(experiment: Experiment, name: str, options: argparse.Namespace) -> None:
     """Prints a table and writes its JSON and PNG, from the runs that are done."""
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
-    runs = [(arm, [measure(experiment, arm, seed) for seed in seeds]) for arm in arms]
+    arms = arms_of(experiment, name)
+    runs = [(arm, [measure(experiment, arm, seed) for seed in options.seeds]) for arm in arms]
     done = [(arm, [run for run in found if run is not None]) for arm, found in runs]
-    changed = changes(experiment.base, list(arms))
+    changed = changes(experiment.task.base, arms)
     found = summarize([(arm.name, change, runs) for (arm, runs), change in zip(done, changed, strict=True)])
     title = f"{name}: {experiment.steps} steps, mean ± deviation over seeds, accuracies in %"
     if found:
@@ -68,46 +66,64 @@ def report(experiment: Experiment, name: str, arms: Sequence[Arm], seeds: Sequen
         console.print(f"{arm.name}: {change}")
     if missing := [arm.name for arm, runs in done if not runs]:
         console.print(f"not run yet: {', '.join(missing)}")
-    experiment.folder.mkdir(parents=True, exist_ok=True)
-    image, numbers = (experiment.folder / f"{name}.{kind}" for kind in ("png", "json"))
+    options.runs.mkdir(parents=True, exist_ok=True)
+    image, numbers = (options.runs / f"{name}.{kind}" for kind in ("png", "json"))
     picture.draw(title, [(arm.name, runs) for arm, runs in done], image)
     document = _document(experiment, done, found)
     numbers.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.print(f"curves: {image}\nfigures: {numbers}")
 
 
+def arms_of(experiment: Experiment, name: str) -> list[Arm]:
+    """The arms of a table."""
+    return SETS[name].arms(load_config(experiment.task.base, list(experiment.extra)), experiment.critic_folder)
+
+
 def measure(experiment: Experiment, arm: Arm, seed: int) -> Measured | None:
     """A run's figures when it is done."""
     run = experiment.run(arm, seed)
-    if not run.done:
-        return None
-    return measured(run.config.run_dir, seed=seed, command=run.command, pretrain=arm.pretrain)
+    return measured(run.config.run_dir, seed=seed, command=run.command) if run.done else None
 
 
-def _run(experiment: Experiment, tables: dict[str, list[Arm]], seeds: Sequence[int]) -> list[str]:
-    """Seed by seed, so that whoever stops early has whole comparisons."""
-    _write_rows()
-    arms = {arm.name: arm for arms in tables.values() for arm in arms}
-    failed = execute_all([experiment.cold])
-    return failed or execute_all([experiment.run(arm, seed) for seed in seeds for arm in arms.values()])
+def _experiment(comparison: Comparison, options: argparse.Namespace) -> Experiment:
+    task = comparison.task
+    steps = options.steps or load_config(task.base, options.set).steps
+    return Experiment(task, options.runs / task.name, steps, tuple(options.set))
 
 
-def _write_rows() -> None:
+def _run(experiments: dict[str, Experiment], options: argparse.Namespace) -> list[str]:
+    """Seed by seed, so that whoever stops early has whole comparisons. Arms that tables share are run once."""
+    arms: dict[str, tuple[Experiment, dict[str, Arm]]] = {}
+    for name, experiment in experiments.items():
+        shared = arms.setdefault(experiment.task.name, (experiment, {}))[1]
+        shared |= {arm.name: arm for arm in arms_of(experiment, name)}
+    failed = []
+    for experiment, _ in arms.values():
+        _write_rows(experiment.task)
+        failed += execute_all([*experiment.cold, *experiment.critic])
+    for seed in options.seeds if not failed else []:
+        failed += execute_all([experiment.run(arm, seed) for experiment, own in arms.values() for arm in own.values()])
+        for name, experiment in experiments.items() if seed != options.seeds[-1] else ():
+            report(experiment, name, options)
+    return failed
+
+
+def _write_rows(task: Task) -> None:
     """The task's file, where it is not there."""
-    for task in load_config(COLD_START).tasks:
-        if isinstance(task, JsonlTask) and not Path(task.path).exists():
-            running_total.main(Path(task.path))
+    for rows in load_config(task.base).tasks:
+        if isinstance(rows, JsonlTask) and not Path(rows.path).exists():
+            task.write(Path(rows.path))
 
 
 def _document(experiment: Experiment, done: Sequence[tuple[Arm, list[Measured]]], found: Sequence[Any]) -> Any:
     facts = {
         "machine": machine(),
-        "base": experiment.base,
-        "cold_start": experiment.cold_start,
+        "base": experiment.task.base,
+        "beforehand": [job.command for job in [*experiment.cold, *experiment.critic]],
         "settings_of_all": list(experiment.extra),
         "steps": experiment.steps,
         "arms": {
-            arm.name: {"settings": list(arm.settings), "critic_only_steps": arm.pretrain, "runs": runs}
+            arm.name: {"settings": list(arm.settings), "pretrained_critic": arm.pretrained, "runs": runs}
             for arm, runs in done
         },
         "summary": list(found),

@@ -60,23 +60,21 @@ class Summary(Struct, frozen=True):
     seconds: Spread
 
 
-def measured(run_dir: Path, *, seed: int, command: str, pretrain: int) -> Measured:
-    """The figures of a finished run; the `pretrain` steps at which only a critic was trained are cut off the front, and the
-    last evaluation up to their end is the start. Raises `MetricsError`, and `ValueError` when there is no evaluation."""
+def measured(run_dir: Path, *, seed: int, command: str) -> Measured:
+    """The figures of a finished run. Raises `MetricsError`, and `ValueError` when there is no evaluation."""
     history = read_metrics(run_dir)
-    before = [{**row, "eval_step": pretrain} for row in history.evals if row["eval_step"] <= pretrain]
-    evals = [*before[-1:], *(row for row in history.evals if row["eval_step"] > pretrain)]
-    steps = [row for row in history.steps if row["step"] > pretrain]
-    if not evals or not steps:
-        raise ValueError(f"{run_dir}: {len(steps)} steps and {len(evals)} evaluations, expected at least one of each")
+    if not history.evals or not history.steps:
+        raise ValueError(
+            f"{run_dir}: {len(history.steps)} steps and {len(history.evals)} evaluations, expected at least one of each"
+        )
     return Measured(
         seed=seed,
         command=command,
         folder=str(run_dir),
-        accuracy=_curve(evals, "eval_step", "accuracy", pretrain),
-        length=_curve(evals, "eval_step", "length_mean", pretrain),
-        entropy=_curve(steps, "step", "entropy", pretrain),
-        trained_length=_curve(steps, "step", "length_mean", pretrain),
+        accuracy=_curve(history.evals, "eval_step", "accuracy"),
+        length=_curve(history.evals, "eval_step", "length_mean"),
+        entropy=_curve(history.steps, "step", "entropy"),
+        trained_length=_curve(history.steps, "step", "length_mean"),
         generated_tokens=float(history.steps[-1]["total_tokens"]),
         seconds=history.evals[-1]["time"] - history.evals[0]["time"],
     )
@@ -133,6 +131,6 @@ def _end(curve: Curve) -> float:
     return statistics.fmean(curve.values[-LAST_STEPS:])
 
 
-def _curve(rows: Sequence[dict[str, Any]], x: str, y: str, shift: int) -> Curve:
-    points = [(int(row[x]) - shift, float(row[y])) for row in rows if row.get(y) is not None]
+def _curve(rows: Sequence[dict[str, Any]], x: str, y: str) -> Curve:
+    points = [(int(row[x]), float(row[y])) for row in rows if row.get(y) is not None]
     return Curve([step for step, _ in points], [value for _, value in points])

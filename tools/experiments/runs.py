@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from msgspec import Struct
 
 from engine.config import Config, load_config
-from tools.experiments.arms import Arm
+from engine.critic import FOLDER
+from tools.experiments.arms import Arm, Task
 from workers.run_folder import complete, log_path
 
 STOP_S = 90.0
@@ -23,37 +25,61 @@ class RunFailed(RuntimeError):
     """`headrace launch` did not end well; names the run, the exit code and the log."""
 
 
-class Experiment(Struct, frozen=True):
-    """Where the runs of an experiment lie and what they have in common; `extra` are settings of all arms."""
+class Job(Protocol):
+    """Something that is executed once."""
 
-    base: str
-    cold_start: str
+    @property
+    def command(self) -> str: ...
+    @property
+    def done(self) -> bool: ...
+    def execute(self) -> None: ...
+
+
+class Experiment(Struct, frozen=True):
+    """Where the runs of a task's tables lie and what they have in common; `extra` are settings of all arms."""
+
+    task: Task
     folder: Path
     steps: int
     extra: tuple[str, ...] = ()
 
     @property
-    def cold(self) -> Run:
-        """The run that makes the starting policy of all arms and seeds."""
-        return self._run(self.cold_start, "cold-start", [])
+    def cold(self) -> list[Run]:
+        """The runs that make the starting policy of all arms and seeds, each from the end of the one before."""
+        runs: list[Run] = []
+        for number, path in enumerate(self.task.starts, start=1):
+            name = "cold-start" if number == 1 else f"cold-start-{number}"
+            runs.append(self._run(path, name, _starting_from(runs[-1]) if runs else []))
+        return runs
+
+    @property
+    def critic(self) -> list[Job]:
+        """What makes the critic of all pretrained arms and seeds: a log of the starting policy, and value pretraining on it.
+        Nothing where the task has none."""
+        if self.task.collect is None:
+            return []
+        collect = self._run(self.task.collect, "collect", _starting_from(self.cold[-1]))
+        return [collect, CriticPretraining(collect.config.run_dir)]
+
+    @property
+    def critic_folder(self) -> Path:
+        """Where that critic lies."""
+        return self.folder / "collect" / FOLDER
 
     def run(self, arm: Arm, seed: int) -> Run:
-        """An arm's run from the cold start; critic-only steps come on top of the policy's."""
-        start = self.cold.config
-        policy = start.run_dir / "checkpoints" / f"step-{start.steps:06d}"
-        settings = [
-            f"seed={seed}",
-            f"steps={self.steps + arm.pretrain}",
-            "cold_start=",
-            f'model={{type = "path", path = "{policy}"}}',
-            *self.extra,
-            *arm.settings,
-        ]
-        return self._run(self.base, f"{arm.name}-s{seed}", settings)
+        """An arm's run from the starting policy."""
+        settings = [f"seed={seed}", f"steps={self.steps}", *_starting_from(self.cold[-1]), *self.extra, *arm.settings]
+        return self._run(self.task.base, f"{arm.name}-s{seed}", settings)
 
     def _run(self, path: str, name: str, settings: list[str]) -> Run:
         settings = [f'runs="{self.folder}"', f'name="{name}"', *settings]
         return Run(path=path, settings=tuple(settings), config=load_config(path, settings))
+
+
+def _starting_from(run: Run) -> list[str]:
+    """Settings that start from the end of another run."""
+    policy = run.config.run_dir / "checkpoints" / f"step-{run.config.steps:06d}"
+    return ["cold_start=", f'model={{type = "path", path = "{policy}"}}']
 
 
 class Run(Struct, frozen=True):
@@ -88,23 +114,46 @@ class Run(Struct, frozen=True):
 
     def execute(self) -> None:
         """Runs it to its end, or continues it; nothing where it is done. Raises `RunFailed`."""
-        if self.done:
-            return
-        resume = log_path(self.config).exists()
-        self.console.parent.mkdir(parents=True, exist_ok=True)
-        with self.console.open("ab") as console:
-            command = [sys.executable, "-m", "workers.cli", *self.arguments(resume=resume)]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT)
-            try:
-                code = process.wait()
-            except KeyboardInterrupt:  # the run got it too, and ends its own processes
-                process.wait(STOP_S)
-                raise
-        if code != 0:
-            raise RunFailed(f"{self.name}: exit code {code}; its words are in {self.console}:\n{_tail(self.console)}")
+        if not self.done:
+            _call(self.name, self.arguments(resume=log_path(self.config).exists()), self.console)
 
 
-def execute_all(runs: Sequence[Run]) -> list[str]:
+class CriticPretraining(Struct, frozen=True):
+    """`headrace pretrain-critic` on the log in `folder`."""
+
+    folder: Path
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["headrace", "pretrain-critic", str(self.folder)])
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / FOLDER / "config.json").exists()
+
+    def execute(self) -> None:
+        """Writes the critic; nothing where it is there. Raises `RunFailed`."""
+        if not self.done:
+            console = self.folder.parent / "console" / "pretrain-critic.log"
+            _call("pretrain-critic", ["pretrain-critic", str(self.folder)], console)
+
+
+def _call(name: str, arguments: list[str], console: Path) -> None:
+    """`headrace` with these arguments; what it says goes to the file `console`. Raises `RunFailed`."""
+    console.parent.mkdir(parents=True, exist_ok=True)
+    with console.open("ab") as file:
+        command = [sys.executable, "-m", "workers.cli", *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the run got it too, and ends its own processes
+            process.wait(STOP_S)
+            raise
+    if code != 0:
+        raise RunFailed(f"{name}: exit code {code}; its words are in {console}:\n{_tail(console)}")
+
+
+def execute_all(runs: Sequence[Job]) -> list[str]:
     """Executes the runs in order, saying so; a run that fails is skipped. Returns what failed."""
     failed = []
     for number, run in enumerate(runs, start=1):
