@@ -44,12 +44,13 @@ class Log(LogReader):
         config: dict[str, Any],
         code_version: str,
         start: Start | None = None,
+        critic: Start | None = None,
         origin: Origin | None = None,
     ) -> Self:
         """A new log, open for writing. Raises `LogError` when the file exists or cannot be made."""
         path = Path(path)
         meta = {"run": run, "code_version": code_version, "created_at": repr(time.time())}
-        facts = {"config": config, "start": start, "origin": origin}
+        facts = {"config": config, "start": start, "critic": critic, "origin": origin}
         meta |= {key: msgspec.json.encode(fact).decode() for key, fact in facts.items() if fact is not None}
         try:
             lock = lock_writer(path)

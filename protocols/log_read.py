@@ -74,6 +74,7 @@ class LogReader:
                 created_at=float(found["created_at"]),
                 schema=SCHEMA,
                 start=msgspec.json.decode(found.get("start", "null"), type=Start | None),
+                critic=msgspec.json.decode(found.get("critic", "null"), type=Start | None),
                 origin=msgspec.json.decode(found.get("origin", "null"), type=Origin | None),
             )
         except (KeyError, ValueError, msgspec.MsgspecError) as error:

@@ -74,7 +74,7 @@ class Event(Struct, frozen=True):
 
 
 class Start(Struct, frozen=True):
-    """The model that step 1 starts from: its folder when the run began, and a digest of its weights' files."""
+    """A model that step 1 starts from: its folder when the run began, and a digest of its weights' files."""
 
     folder: str
     digest: str
@@ -91,7 +91,7 @@ class Origin(Struct, frozen=True):
 
 
 class Meta(Struct, frozen=True):
-    """What the run is."""
+    """What the run is. `critic` is that of `critic.path`, where the config has one."""
 
     run: str
     config: dict[str, Any]
@@ -99,4 +99,5 @@ class Meta(Struct, frozen=True):
     created_at: float
     schema: int
     start: Start | None = None
+    critic: Start | None = None
     origin: Origin | None = None

@@ -3,8 +3,8 @@
 `runs/NAME/rollouts.db` is a plain SQLite database in WAL mode. Anybody may read it with `sqlite3` while the run goes
 on; only the buffer writes. `PRAGMA application_id` is 0x48656164 ("Head"), `PRAGMA user_version` the schema version.
 
-    meta          key, value: run, config (JSON), code_version, created_at; start (JSON: the model that step 1 starts
-                  from), origin (JSON: the log that this one was made from)
+    meta          key, value: run, config (JSON), code_version, created_at; start and critic (JSON: the models that
+                  step 1 starts from), origin (JSON: the log that this one was made from)
     groups        one prompt and its samples: kind (train, eval, ready), status (waiting, trained, dropped, failed,
                   evaluated) with reason and step, task, prompt_id, samples, prompt_tokens, min_version, issued_at
     prompts       what never changes of a group: its text, token ids and answer (JSON)

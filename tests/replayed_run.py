@@ -16,7 +16,7 @@ from protocols import messages as m
 from protocols.log import GroupRow, Kind, Log
 from workers.log_feed import LogFeed
 from workers.metrics import MetricsWriter
-from workers.start import start_of
+from workers.start import critic_of, start_of
 from workers.trainer import Trainer
 
 LETTERS = "abcdefgh"
@@ -51,6 +51,7 @@ class Maker:
         self.log = Log.create(
             folder / "rollouts.db", run=folder.name, config=dump_config(self.config), code_version="0.1.0+test",
             start=start_of(folder / "model"),
+            critic=critic_of(self.config),
         )  # fmt: skip
         self.log.commit()
         self.metrics = MetricsWriter(folder)

@@ -22,6 +22,7 @@ from engine.learn_torch import TorchLearner
 from engine.level_off import Levelling, Pretraining
 from protocols.log import Log
 from workers.replay import Request, replay
+from workers.replay_source import ReplayError
 
 VCPPO: dict[str, Any] = {"objective": {"type": "vcppo"}, "critic": {"lr": 1e-2, "pretrain_steps": 3}}
 
@@ -147,6 +148,29 @@ def test_a_checkpoints_critic_starts_another_run(run: Path, tmp_path: Path) -> N
     made.step(2)
     again = load_critic(made.close() / "checkpoints/step-000002/critic", run / "model", dtype="float32", device="cpu")
     assert not same_bits(weights_of(again), weights_of(trained))
+
+
+def test_a_replay_wants_the_critic_that_the_run_started_from(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pretrained"
+    shutil.copytree(run / "checkpoints" / "step-000006" / "critic", path)
+    critic = {"lr": 1e-2, "path": str(path)}
+    made = Maker(tmp_path / "next", objective={"type": "vapo"}, critic=critic, learner={"checkpoint_every": 1})
+    made.step(1)
+    made.step(2)
+    folder = made.close()
+    assert replay(Request(run=str(folder)), []) == 0
+    shutil.rmtree(path)
+    shutil.copytree(run / "checkpoints" / "step-000004" / "critic", path)
+    with pytest.raises(
+        ReplayError, match=r"critic .* is gone: .*pretrained has other weights now. Expected .*pretrained as"
+    ):
+        replay(Request(run=str(folder)), [])
+    assert replay(Request(run=str(folder), start=1), []) == 0, "a checkpoint has its own"
+    other = [f'critic.path="{run / "checkpoints" / "step-000006" / "critic"}"']
+    assert replay(Request(run=str(folder), overrides=other, out=str(tmp_path / "new")), []) == 0, "it was asked for"
+    shutil.rmtree(path)
+    with pytest.raises(ReplayError, match="pretrained has no weights"):
+        replay(Request(run=str(folder)), [])
 
 
 def test_a_damaged_or_missing_critic_is_refused_when_a_run_continues(run: Path, tmp_path: Path) -> None:

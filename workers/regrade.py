@@ -248,6 +248,7 @@ def _new_log(source: StoredRun, part: Path, config: Config, settings: list[str])
         config=dump_config(config),
         code_version=code_version(),
         start=source.meta.start,
+        critic=source.meta.critic,
         origin=origin_of(source, "regrade", settings),
     )
     log.attach(source.log)

@@ -78,6 +78,8 @@ class Replay:
         self.world: int = dist.get_world_size() if grouped else 1
         self.last = segments[-1].last
         self.folder = source.start_folder() if self.start == 0 else source.checkpoint(self.start)
+        if self.start == 0:
+            source.check_critic(segments[0].config)
 
     def run(self) -> int:
         """The exit code."""

@@ -48,7 +48,7 @@ def _reasons(source: StoredRun, row: StepRow, config: Config, *, start: int) -> 
     )
     if row.step == 1 and source.meta.start is None:
         reasons.append("another starting model: the log does not say which one it was")
-    if config.critic is not None and config.critic.path is not None:
+    if config.critic is not None and config.critic.path is not None and source.meta.critic is None:
         reasons.append(f"another critic in {config.critic.path}: the log does not say which one it was")
     reasons.append(f"data that changed since: see `headrace show {source.folder} --step {row.step}`")
     return reasons

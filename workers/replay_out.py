@@ -19,6 +19,7 @@ from protocols.messages import StepCommit
 from workers.metrics import MetricsWriter
 from workers.provenance import code_version
 from workers.replay_source import ReplayError, Segment, StoredRun
+from workers.start import critic_of
 
 
 def origin_of(source: StoredRun, how: str, settings: Sequence[str]) -> Origin:
@@ -58,6 +59,7 @@ def _begin(source: StoredRun, out: Path, config: Config, origin: Origin) -> None
         config=dump_config(config),
         code_version=code_version(),
         start=source.meta.start,
+        critic=critic_of(config),
         origin=origin,
     ) as log:
         changed = ", ".join(origin.settings) or "no setting changed"

@@ -155,6 +155,20 @@ class StoredRun:
             f"{start.folder if start else 'the weights of step 0'} as it was; --from STEP starts from a checkpoint of the run"
         )
 
+    def check_critic(self, config: Config) -> None:
+        """Raises `ReplayError` when the folder that step 1's critic started from, and starts from again under `config`, is
+        gone or has other weights now."""
+        critic, logged = self.meta.critic, self.segments(1, 1)[0].config.critic
+        if critic is None or logged is None or config.critic is None or config.critic.path != logged.path:
+            return  # a fresh critic, another one that was asked for, or a log that does not say which one it was
+        digest = weights_digest(Path(config.critic.path or ""))
+        if digest != critic.digest:
+            raise ReplayError(
+                f"{self.log.path}: the critic that the run started from is gone: {config.critic.path} has "
+                f"{'other weights now' if digest else 'no weights'}. Expected {critic.folder} as it was; --from STEP starts from a "
+                "checkpoint of the run"
+            )
+
     def checkpoint(self, step: int) -> Path:
         """The run's own checkpoint of a step. Raises `ReplayError` without one."""
         root = self.folder / "checkpoints"

@@ -20,7 +20,7 @@ from workers.intake import Intake
 from workers.metrics import MetricsWriter
 from workers.provenance import code_version
 from workers.reward_watch import RewardWatch
-from workers.start import start_of
+from workers.start import critic_of, start_of
 
 FENCES_PER_START = 1 << 20
 """Each process that serves a run gives out fences of its own range, so a zombie of an earlier one is refused."""
@@ -272,6 +272,7 @@ class RunState:
             config=dump_config(self.config),
             code_version=code_version(),
             start=start_of(policy_folder(self.config)),
+            critic=critic_of(self.config),
         )
 
     def _restore(self) -> None:

@@ -1,4 +1,4 @@
-"""Which model a run started from, so that a later replay starts from the same one or says that it is gone. No torch here."""
+"""Which models a run started from, so that a later replay starts from the same ones or says which is gone. No torch here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import xxhash
 
+from engine.config import Config
 from protocols.log import Start
 
 BLOCKS, BLOCK_BYTES = 16, 1 << 16
@@ -16,6 +17,12 @@ def start_of(folder: Path) -> Start | None:
     """The folder with the digest of its weights; None where it has none."""
     digest = weights_digest(folder)
     return Start(str(folder.resolve()), digest) if digest is not None else None
+
+
+def critic_of(config: Config) -> Start | None:
+    """The same of the critic in `critic.path`; None where a run has none, or a fresh one."""
+    path = config.critic.path if config.critic is not None else None
+    return start_of(Path(path)) if path is not None else None
 
 
 def weights_digest(folder: Path) -> str | None:

@@ -19,33 +19,45 @@ a response, and in thousands of responses it did not.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec import Struct
 
 from tools.experiments.running_total import LETTERS, Problem, write
 
 MODULUS = 5
-EARLY = 8
+EARLY = 2
 """Guesses are made in so many first lines."""
-GUESS = 0.12
+GUESS = 0.35
 """With this probability such a line is a guess."""
+FREE = LETTERS[:8]
+"""What a line may end with; it means nothing."""
 
 Digits = tuple[int, int]
 
 
-def problem(start: Digits, step: Digits, guesses: list[Digits | None]) -> Problem:
-    """The row with a line for each of `guesses`: the digits that are guessed there, or None where the line is computed.
-    `answer` is that of the computation without any guess."""
-    if not 0 < len(guesses) <= len(LETTERS):
-        raise ValueError(f"guesses: got {len(guesses)} lines, expected 1 to {len(LETTERS)}")
+class Line(Struct, frozen=True):
+    """What a solver does in a line: `guess` is what is guessed there, None where the line is computed; `free` its last letter."""
+
+    guess: Digits | None
+    free: str
+
+
+def problem(start: Digits, step: Digits, plan: Sequence[Line]) -> Problem:
+    """The row with a line for each of `plan`. `answer` is that of the computation without any guess."""
+    if not 0 < len(plan) <= len(LETTERS):
+        raise ValueError(f"plan: got {len(plan)} lines, expected 1 to {len(LETTERS)}")
     total = right = start
     lines = []
-    for letter, guess in zip(reversed(LETTERS[: len(guesses)]), guesses, strict=True):
+    for letter, line in zip(reversed(LETTERS[: len(plan)]), plan, strict=True):
         right = added(right, step)
-        after = added(total, step) if guess is None else guess
-        lines.append(f"{letter}{text(total)}+{text(step)}{'=' if guess is None else '?'}{text(after)}\n")
+        after = added(total, step) if line.guess is None else line.guess
+        lines.append(
+            f"{letter}{text(total)}+{text(step)}{'=' if line.guess is None else '?'}{text(after)}{line.free}\n"
+        )
         total = after
     prompt = f"{text(start)}+{text(step)},{lines[0][0]}:"
     return Problem(prompt=prompt, solution=f"{''.join(lines)}{text(total)}", answer=text(right))
@@ -70,11 +82,19 @@ def problems(count: int, seed: int, *, shortest: int, longest: int) -> list[Prob
     rows: dict[str, Problem] = {}
     while len(rows) < count:
         length = shortest + int(draw() * (longest - shortest + 1))
-        start, step, *drawn = ((int(draw() * MODULUS), int(draw() * MODULUS)) for _ in range(length + 2))
-        guesses = [digits if line < EARLY and draw() < GUESS else None for line, digits in enumerate(drawn)]
-        row = problem(start, step, guesses)
+        start, step = _digits(draw), _digits(draw)
+        row = problem(start, step, [_line(draw, early=line < EARLY) for line in range(length)])
         rows.setdefault(row.prompt, row)
     return list(rows.values())
+
+
+def _line(draw: Callable[[], float], *, early: bool) -> Line:
+    guess = _digits(draw) if early and draw() < GUESS else None
+    return Line(guess, FREE[int(draw() * len(FREE))])
+
+
+def _digits(draw: Callable[[], float]) -> Digits:
+    return int(draw() * MODULUS), int(draw() * MODULUS)
 
 
 def main(
