@@ -1,17 +1,19 @@
 """A running total by a solver who guesses at times: long responses whose mistakes even a small critic can see.
 
     prompt      32+12,t:        from 3 and 2, add 1 and 2 in the lines t to a; each digit by itself, modulo 5
-    solution    t32+12=44
-                s44+12?20       a guess: two digits drawn at random
-                r20+12=32
+    solution    t32+12=44g
+                s44+12?22h      a guess: two digits drawn at random
+                r22+12=34e
                 ...
-                a01+12=13
-                13
+                a10+12=22d
+                22
 
-Only the last line is graded, and a guess nearly always spoils it. Guesses are made in the first lines alone, 100 tokens or
-more before the reward; a policy that imitates such solutions has to learn from that reward to stop guessing. A wrong line of
-`running_total` is worse for this comparison: to see one a critic of this size would have to learn the sums once more, from one bit
-a response, and in thousands of responses it did not.
+Only the last line is graded, and a guess nearly always spoils it. Guesses are made in the first two lines alone, 110 tokens or
+more before the reward; a policy that imitates such solutions has to learn from that reward to stop guessing. The letter at
+a line's end is free: a choice like most in a text, without consequences, and noise to whoever shares the reward out.
+
+A wrong line of `running_total` is no use for a comparison of critics: to see one, a critic of this size would have to learn the
+sums once more, from one bit a response, and in thousands of responses it did not.
 
     python -m tools.experiments.guessed_total data/guessed-total.jsonl
 """
