@@ -165,6 +165,18 @@ def status(run: Run) -> None:
 
 
 @app.command()
+def scale(
+    run: Run,
+    counts: Annotated[list[str], typer.Argument(metavar="ROLE=N", help="generator=4, reward=3, or both.")],
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds until all must have joined or left.")] = 300.0,
+) -> None:
+    """Change how many generators or reward workers a running launch keeps, and wait until they have joined or left."""
+    from workers.scale import parse_counts, scale
+
+    scale(_run_dir(run), parse_counts(counts), wait_s=wait, say=lambda text: print(text, flush=True))
+
+
+@app.command()
 def audit(run: Run) -> None:
     """Check a run's log against what it promises: one line a check, and every violation by name."""
     from workers.audit import print_audit

@@ -113,7 +113,7 @@ class Generator:
         self.client, self.engine, self.weights, self.stop, self.gone_s = client, engine, weights, stop, gone_s
         self.over = False
         self.has_weights = False
-        self.counters = {"busy_s": 0.0, "idle_s": 0.0, "refused": 0.0}
+        self.counters = {"serves": 0.0, "busy_s": 0.0, "idle_s": 0.0, "refused": 0.0}
         self.status_due = 0.0
 
     def serve(self) -> None:
@@ -150,7 +150,7 @@ class Generator:
         if update is not None:
             with update:
                 self.engine.load(update.tensors, update.version)
-            self.has_weights = True
+            self.has_weights, self.counters["serves"] = True, 1.0
 
     def _take(self, timeout_s: float) -> None:
         """Everything that has arrived; waits for the first message only."""

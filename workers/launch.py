@@ -13,6 +13,7 @@ from types import FrameType
 
 from engine.config import Config, ConfigError, NewModel, load_config
 from workers.check import refuse
+from workers.crew import Crew
 from workers.last_words import out_of_space
 from workers.launch_errors import LaunchError, LaunchRefused, Stopped, no_room, role_failure
 from workers.metrics import read_metrics
@@ -98,11 +99,12 @@ class Launch:
         self.supervisor = Supervisor(self.logs)
         self.diary = (self.logs / "launch.log").open("a", encoding="utf-8")
         self.file = snapshot(config, path)
-        self.devices = place(config, visible_gpus())
+        self.gpus = visible_gpus()
         self.address = ""
         self.view: View | None = None
         self.signals: list[int] = []
         self.restarts = Restarts(roles(config), patience)
+        self.crew = Crew(config, self.supervisor, self.restarts, term_s=patience.term_s, say=self._say)
 
     def run(self) -> int:
         """Returns the exit code; see `launch`."""
@@ -174,7 +176,8 @@ class Launch:
         env = {"OMP_NUM_THREADS": str(role_threads(name, self.config)), "HEADRACE_TETHERED": "1"}
         # A learner that is gone is no news for its subscribers' logs: not with 20 lines of C++ stack each time.
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
-        pid = self.supervisor.start(name, command, env | self.devices.get(name, {}))
+        env |= place(self.crew.config, self.gpus).get(name, {})
+        pid = self.supervisor.start(name, command, env)
         self._say(f"{name} started (pid {pid})", quiet=True)
 
     # --- while it runs -----------------------------------------------------------------------------------------------
@@ -186,8 +189,9 @@ class Launch:
             for exit in exits:
                 if exit.name == "buffer" and exit.code == 0:
                     return
-                self._ended(exit)
-            for name in self.restarts.due(time.monotonic()):
+                if not self.crew.left(exit):
+                    self._ended(exit)
+            for name in [*self.restarts.due(time.monotonic()), *self.crew.turn()]:
                 self._start(name)
             self._pause()
 

@@ -52,6 +52,19 @@ class Restarts:
         self._lost: set[str] = set()
         self._left: set[str] = set()
 
+    def resize(self, names: Sequence[str]) -> None:
+        """These are the roles from now on: what is known of others, and that one was given up, is forgotten."""
+        self._names = list(names)
+        self._due = {name: when for name, when in self._due.items() if name in names or name == "buffer"}
+        self._left &= set(names)
+        for name in self._lost:
+            self._attempts.pop(name, None)
+        self._lost.clear()
+
+    def pending(self, name: str) -> bool:
+        """Whether its next start is only a matter of time."""
+        return name in self._due
+
     def left(self, name: str) -> None:
         """A role went because it was told to."""
         self._left.add(name)

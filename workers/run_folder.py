@@ -48,6 +48,21 @@ def snapshot(config: Config, path: str) -> Path:
     return copy
 
 
+def launcher_of(run_dir: Path) -> int | None:
+    """The pid of the launcher that runs this folder on this machine; None when none does."""
+    try:
+        with (run_dir / "launch.lock").open(encoding="utf-8") as lock:
+            pid = lock.read().strip()
+            if not pid.isdigit() or not Path(f"/proc/{pid}").exists():
+                return None
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given only when that pid is somebody else's by now
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return int(pid)
+    return None
+
+
 def own(lock: IO[str], run_dir: Path) -> None:
     """Holds the run directory until the file closes. Raises `ConfigError` when another launcher does."""
     try:

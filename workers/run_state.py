@@ -89,6 +89,7 @@ class RunState:
         refused = self.ledger.hand_back(worker, handed.group, handed.fence, handed.samples)
         if refused is None:
             self.partials.update({(handed.group, partial.sample): partial for partial in handed.partials})
+            self.event("handed back", worker, handed_back(handed))
         return refused
 
     def grade(self, worker: str, grade: m.Grade) -> str | None:
@@ -306,6 +307,17 @@ class RunState:
         figures = {int(evaluation["eval_step"]): evaluation for evaluation in self.evals}
         for step in self.metrics.missing("eval_step", figures):
             self.metrics.evaluation(step, {name: v for name, v in figures[step].items() if name != "eval_step"})
+
+
+def handed_back(handed: m.HandBack) -> str:
+    """`group 17: samples 0, 3 with 12 (2*5,3*7), 0 tokens`: each sample's tokens, with the runs of (version*tokens)."""
+    made = {partial.sample: partial for partial in handed.partials}
+    each = []
+    for sample in handed.samples:
+        partial = made.get(sample)
+        runs = ",".join(f"{version}*{count}" for version, count in partial.versions) if partial else ""
+        each.append(f"{len(partial.tokens)} ({runs})" if partial else "0")
+    return f"group {handed.group}: samples {', '.join(map(str, handed.samples))} with {', '.join(each)} tokens"
 
 
 def pace_of(config: Config) -> Pace:

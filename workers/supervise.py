@@ -99,6 +99,10 @@ class Supervisor:
             child.words.close()
         return found
 
+    def ask_to_end(self, name: str) -> None:
+        """SIGTERM, without waiting: its end comes out of `exits`."""
+        _signal_session(self._children[name].process.pid, signal.SIGTERM)
+
     def stop(self, names: Iterable[str], *, grace_s: float, hurried: Callable[[], bool] = lambda: False) -> list[str]:
         """SIGTERM, then after `grace_s`, or once `hurried()`, SIGKILL to each with all its descendants; returns those
         that had to be killed."""
