@@ -53,13 +53,13 @@ def replay(request: Request, arguments: Sequence[str]) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with _log_errors_are_bad_input(), StoredRun.open(request.run) as source:
         segments = source.asked(request.start, request.last, request.overrides, out=request.out)
-        learner = segments[0].config.learner
+        learner, folder = segments[0].config.learner, _start(source, segments[0].config, request.start)
         if world == 1 and request.out is not None:
             prepare(source, Path(request.out), segments[-1], request.overrides, resume=request.resume)
         if world == 1 and learner.ranks > 1:
             return with_ranks(learner, arguments)
         with _scratch() as scratch, ranks_of(learner):
-            code = Replay(source, segments, request, scratch).run()
+            code = Replay(source, segments, request, folder, scratch).run()
         if world == 1:
             return code
         if os.environ["RANK"] == "0":
@@ -67,19 +67,27 @@ def replay(request: Request, arguments: Sequence[str]) -> int:
         return 0  # of torchrun, which would print a failure's stack; the code is in the answer
 
 
-class Replay:
-    """One rank of a replay. `scratch` is a folder that all ranks see."""
+def _start(source: StoredRun, config: Config, step: int) -> Path:
+    """Where the models after `step` lie. Raises `ReplayError` where they are gone, or others now."""
+    if step:
+        return source.checkpoint(step)
+    source.check_critic(config)
+    return source.start_folder()
 
-    def __init__(self, source: StoredRun, segments: list[Segment], request: Request, scratch: Path) -> None:
+
+class Replay:
+    """One rank of a replay that starts from `folder`. `scratch` is a folder that all ranks see."""
+
+    def __init__(
+        self, source: StoredRun, segments: list[Segment], request: Request, folder: Path, scratch: Path
+    ) -> None:
         self.source, self.segments, self.start, self.scratch = source, segments, request.start, scratch
+        self.folder = folder
         self.out = Path(request.out) if request.out is not None else None
         grouped = dist.is_initialized()
         self.rank: int = dist.get_rank() if grouped else 0
         self.world: int = dist.get_world_size() if grouped else 1
         self.last = segments[-1].last
-        self.folder = source.start_folder() if self.start == 0 else source.checkpoint(self.start)
-        if self.start == 0:
-            source.check_critic(segments[0].config)
 
     def run(self) -> int:
         """The exit code."""
