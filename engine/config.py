@@ -29,6 +29,8 @@ from engine.config_objectives import (
 )
 from engine.config_section import ConfigError, Section
 from engine.config_tasks import (
+    DocumentScore,
+    DocumentsTask,
     ExactScore,
     Extract,
     JsonlTask,
@@ -43,7 +45,8 @@ from protocols.messages import Sampling
 
 __all__ = [
     "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective", "DecoupledCorrection",
-    "EvalConfig", "ExactScore", "Extract", "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig",
+    "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract", "GeneratorConfig",
+    "IcepopCorrection", "JsonlTask", "LearnerConfig",
     "LengthAdaptive", "LevelOff", "LogTask", "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong",
     "PathModel", "PpoObjective", "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
     "TorchEngine", "TruncatedCorrection", "VapoObjective", "VcppoObjective", "VllmEngine", "apply_override",

@@ -68,6 +68,39 @@ class JsonlTask(Section, frozen=True, tag="jsonl"):
     weight: float = 1.0
 
 
+class DocumentScore(Section, frozen=True, tag="document"):
+    """The reward is the field F1 of the JSON object in a response, dates and amounts in their normal forms: against the page's
+    labels where it has some, else against what the UTel tagger in the folder `utel` reads on the page. Where both are there
+    the grade's parts have both. Right from an F1 of `threshold` on; `device` is the tagger's."""
+
+    utel: str | None = None
+    device: str = "cpu"
+    threshold: float = 1.0
+
+
+class DocumentsTask(Section, frozen=True, tag="documents"):
+    """Documents to extract fields from. `path` is a .jsonl or .jsonl.gz file of receipts or of pages, or a folder in the
+    official layout of SROIE, in that of FUNSD, or of PDFs (which have no labels).
+
+    `fields` are wanted of every page; none at all stands for those that the page is labelled with (FUNSD). About `held_out`
+    pages are held out, whole companies, templates or PDF files. The prompt is `question`, where `{fields}` stands for the
+    names (None: a full one), and the page's rows, with the places of their texts if `positions`: of at most the first
+    `first_words` words (whole rows), then at most `max_characters` in all, for which the middle of the page gives way.
+    """
+
+    path: str
+    fields: list[str] = field(default_factory=lambda: ["company", "date", "address", "total"])
+    first_words: int | None = None
+    max_characters: int = 6000
+    positions: bool = True
+    question: str | None = None
+    chat: bool = True
+    system: str | None = None
+    score: DocumentScore = DocumentScore()
+    held_out: int = 100
+    weight: float = 1.0
+
+
 class LogTask(Section, frozen=True, tag="log"):
     """Rollouts of earlier runs as training data: `path` names one or more logs (`rollouts.db` or the folder of a run).
 
@@ -84,5 +117,5 @@ class LogTask(Section, frozen=True, tag="log"):
     weight: float = 1.0
 
 
-Task = ReasoningGymTask | JsonlTask
+Task = ReasoningGymTask | JsonlTask | DocumentsTask
 """What has prompts and can be scored."""

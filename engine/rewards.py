@@ -17,10 +17,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 
 from engine.answers import extract, reference, same_text
 from engine.config import (
+    DocumentScore,
+    DocumentsTask,
     ExactScore,
     JsonlTask,
     MathVerifyScore,
@@ -30,25 +31,13 @@ from engine.config import (
     RewardConfig,
     Task,
 )
+from engine.documents.grading import grade_document
+from engine.documents.grading import reference as document_reference
 from engine.rows import reasoning_gym_data
+from engine.scores import RewardError, Score
 from engine.shaping import overlong_penalty
 
 __all__ = ["RewardError", "Score", "equivalent", "extract", "prepare", "score", "shaped"]
-
-
-class RewardError(ValueError):
-    """This response cannot be scored: the data row, the data set or the user's function is at fault, not the response."""
-
-
-class Score(Struct, frozen=True):
-    """`correct` is raw accuracy; `value` is the scorer's own figure (1 or 0 where it only says yes or no); `reward` is
-    set by a user's function that says itself what is trained on; `detail` is what is to be known beside the figures."""
-
-    correct: bool
-    value: float
-    parts: dict[str, float] = {}
-    reward: float | None = None
-    detail: str = ""
 
 
 def score(task: Task, text: str, answer: str) -> Score:
@@ -63,6 +52,8 @@ def score(task: Task, text: str, answer: str) -> Score:
     document = _document(answer)
     if isinstance(task.score, PythonScore):
         return _python_score(task.score.function, text, document)
+    if isinstance(task, DocumentsTask):
+        return _document_score(task.score, text, document)
     found = extract(text, task.extract)
     if found is None:
         return Score(correct=False, value=0.0, parts={"extracted": 0.0})
@@ -105,7 +96,7 @@ def prepare(task: Task) -> None:
             equivalent("\\frac{1}{2}", "0.5")
         case ReasoningGymScore():
             _data_set(task)
-        case ExactScore():
+        case ExactScore() | DocumentScore():
             pass
 
 
@@ -117,6 +108,12 @@ def _document(answer: str) -> dict[str, Any]:
     if not isinstance(document, dict) or "answer" not in document:
         raise RewardError(f'the row\'s answer: got {answer[:80]!r}, expected a JSON object with "answer"')
     return document
+
+
+def _document_score(score: DocumentScore, text: str, document: dict[str, Any]) -> Score:
+    if score.utel is not None:
+        raise RewardError(f"score.utel = {score.utel!r}: only a scorer that has loaded the tagger can score this task")
+    return grade_document(text, document_reference(document), None, score.threshold)
 
 
 # --- reasoning-gym -------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from engine.config import JsonlTask, LogTask, ReasoningGymTask, Task
+from engine.config import DocumentsTask, JsonlTask, LogTask, ReasoningGymTask, Task
+from engine.documents.task_rows import DocumentRows
 from engine.fields import TaskError
 from engine.rows import JsonlRows, ReasoningGymRows, Row
 from engine.stored import LogRows, StoredGroup
@@ -155,11 +156,19 @@ def held_out(tasks: Sequence[Task], n: int, seed: int) -> list[Row]:
     return Source(tasks, seed).held_out(n)
 
 
-def _open(task: Task, name: str) -> JsonlRows | ReasoningGymRows:
-    return JsonlRows(task, name) if isinstance(task, JsonlTask) else ReasoningGymRows(task, name)
+Table = JsonlRows | ReasoningGymRows | DocumentRows
 
 
-def _distinct_pools(tables: Sequence[JsonlRows | ReasoningGymRows]) -> list[list[Row]]:
+def _open(task: Task, name: str) -> Table:
+    match task:
+        case JsonlTask():
+            return JsonlRows(task, name)
+        case DocumentsTask():
+            return DocumentRows(task, name)
+    return ReasoningGymRows(task, name)
+
+
+def _distinct_pools(tables: Sequence[Table]) -> list[list[Row]]:
     seen: set[str] = set()
     pools = []
     for table in tables:

@@ -190,3 +190,40 @@ def test_a_run_that_has_done_nothing_yet_can_be_reported(tmp_path: Path) -> None
     Log.create(tmp_path / "rollouts.db", run="trial", config=CONFIG, code_version="1").close()
     found = report(tmp_path, Console(file=io.StringIO()))
     assert (found.steps, found.evaluations, found.lag, found.overlap) == (0, [], None, None)
+
+
+def test_documents_and_what_packing_saves(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    for version in (0, 1):
+        group = story.group("eval", [], [(version, 2)])
+        for sample, parts in enumerate([
+            {"parsed": 1.0, "labelled": 1.0, "label_f1": 0.5 + version / 2, "utel_f1": 0.5, "reading_f1": 0.8, "labels_missed": 1.0},
+            {"parsed": 0.0, "labelled": 0.0, "utel_f1": 0.0},
+        ]):  # fmt: skip
+            rollout = m.Rollout(
+                group=group, sample=sample, fence=1, tokens=np.ones(2, m.INT), versions=[(version, 2)], finish="stop",
+                logprobs=np.zeros(2, m.FLOAT), text="", started_at=1000.0, finished_at=1001.0,
+            )  # fmt: skip
+            story.log.add_rollout("g", rollout, 1001.0)
+            grade = m.Grade(
+                group=group, sample=sample, attempt=0, verdict="graded", correct=False, parts=parts, seconds=0.1
+            )
+            story.log.add_grade("r", grade, 1001.0)
+        story.log.set_group(group, "evaluated")
+    for step, saved in ((1, 0.7), (2, 0.8)):
+        story.log.add_plan(step, [story.group("train", [(0, 1)], [(0, 2)])])
+        story.log.commit_step(m.StepCommit(step, "h", "1", 1000.0, 1001.0, {"prompt_tokens_saved": saved}))
+    found = measure(story.log)
+    story.log.commit()
+    story.log.close()
+    assert found.prompt_tokens_saved == pytest.approx(0.75)
+    assert [(one.step, one.label_f1, one.utel_f1, one.divergence) for one in found.documents] == [
+        (0, 0.5, 0.25, 0.0), (1, 1.0, 0.25, 0.5)
+    ]  # fmt: skip
+    assert [(one.reading_f1, one.parsed, one.labels_missed) for one in found.documents] == [(0.8, 0.5, 1)] * 2
+    out = io.StringIO()
+    report(tmp_path, Console(file=out, width=200))
+    assert (
+        "field F1 1.000 by labels; field F1 0.250 by UTel's reading; which differ by 0.500 a response" in out.getvalue()
+    )
+    assert "saves 75.0% of the learner's input tokens" in out.getvalue()

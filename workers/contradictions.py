@@ -19,6 +19,7 @@ from engine.config import (
     NewModel,
     PpoObjective,
     PythonScore,
+    ReasoningGymTask,
     SftObjective,
     Task,
     TruncatedCorrection,
@@ -143,7 +144,7 @@ def _tasks(config: Config) -> Iterator[str]:
         if task.held_out < 0:
             yield f"{where}: held_out: got {task.held_out}, expected at least 0"
         pool += math.inf if isinstance(task, JsonlTask) and task.held_out_path else task.held_out
-        if not isinstance(task, JsonlTask) and task.held_out >= task.size:
+        if isinstance(task, ReasoningGymTask) and task.held_out >= task.size:
             yield f"{where}: held_out = {task.held_out} leaves nothing of size = {task.size} to train on"
         if isinstance(task.score, PythonScore) and not all(task.score.function.partition(":")):
             yield f"{where}: score.function: got {task.score.function!r}, expected module:function"

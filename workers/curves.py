@@ -33,6 +33,8 @@ def draw_curves(history: History, title: str, path: Path) -> None:
             _line(axes, history.steps, "step", name, label, "-")
         if subject == "accuracy":
             _line(axes, history.evals, "eval_step", "accuracy", "held-out", "o-")
+        if subject == "reward":
+            _line(axes, history.evals, "eval_step", "reward_mean", "held-out", "o-")
         axes.set_title(subject)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from engine.config import Config, parse_config
 from protocols.log import LogReader
+from workers.measure_documents import DocumentFigures, document_figures
 
 PAGE_ROWS = 4096
 
@@ -67,9 +68,11 @@ class Report(Struct, frozen=True):
     samples: dict[str, int]
     tokens: dict[str, int]
     keep_rate: float | None
+    prompt_tokens_saved: float | None
     lag: Lag | None
     overlap: Overlap | None
     roles: list[RoleTime]
+    documents: list[DocumentFigures] = []
 
 
 def measure(log: LogReader) -> Report:
@@ -97,10 +100,19 @@ def measure(log: LogReader) -> Report:
         samples=samples,
         tokens={**tokens, "evaluated": int(evaluated[0][0])},
         keep_rate=groups.get("trained", 0) / decided if decided else None,
+        prompt_tokens_saved=tokens_saved(log),
         lag=token_lag(log, config.buffer.max_lag) if kinds == "kind = 'train'" else None,
         overlap=overlap(sampling_intervals(log), training_intervals(log)),
         roles=role_times(log, config),
+        documents=document_figures(log),
     )
+
+
+def tokens_saved(log: LogReader) -> float | None:
+    """The share of the learner's input tokens that a prompt once for all its group's responses saved, the mean over steps.
+    None where no step has the figure."""
+    shares = [step.metrics["prompt_tokens_saved"] for step in log.steps() if "prompt_tokens_saved" in step.metrics]
+    return math.fsum(shares) / len(shares) if shares else None
 
 
 def evaluations(log: LogReader) -> list[Evaluation]:

@@ -14,6 +14,7 @@ from protocols.log import Log
 from workers.curves import draw_curves
 from workers.lines import duration
 from workers.measure import Evaluation, Report, RoleTime, measure
+from workers.measure_documents import document_line
 from workers.metrics import read_metrics
 
 
@@ -48,6 +49,8 @@ def closing_lines(found: Report) -> list[tuple[str, str]]:
         lines.append((f"held-out accuracy, step {before.step}", _accuracy(before)))
         if after is not before:
             lines.append((f"held-out accuracy, step {after.step}", _accuracy(after) + change))
+    for figures in found.documents[:1] + found.documents[1:][-1:]:
+        lines.append((f"held-out documents, step {figures.step}", document_line(figures)))
     for status in ("trained", "dropped", "failed", "waiting"):
         if found.groups.get(status):
             text = (
@@ -58,6 +61,11 @@ def closing_lines(found: Report) -> list[tuple[str, str]]:
         lines.append(("evaluated", f"{found.tokens['evaluated']:,} tokens"))
     if found.keep_rate is not None:
         lines.append(("keep rate", f"{found.keep_rate:.1%} of decided groups were informative"))
+    if found.prompt_tokens_saved is not None:
+        text = (
+            f"saves {found.prompt_tokens_saved:.1%} of the learner's input tokens: a prompt once for all its responses"
+        )
+        lines.append(("packing", text))
     if found.lag is not None:
         lag = found.lag
         text = f"mean {lag.mean:.2f}, p99 {lag.p99:.0f}, max {lag.max} versions; masked {lag.masked_fraction:.2%} of tokens"

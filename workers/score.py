@@ -1,9 +1,9 @@
-"""The scorer: a process that scores one response at a time and may be killed at any moment.
+"""The scorer: a process that scores responses and may be killed at any moment.
 
     python -m workers.score        (started by `workers/scorer_pool.py`, never by hand)
 
 Frames on standard input and output are a 4-byte big-endian length and a MessagePack body: first a `Setup`, answered by
-a `Ready`; then each `Job` is answered by a `Result`. Both streams are moved to private descriptors before any foreign
+a `Ready`; then each `Jobs` is answered by `Results`, in the same order. Both streams are moved to private descriptors before any foreign
 code runs: what that code prints goes to standard error, what it reads is empty.
 """
 
@@ -16,14 +16,14 @@ import signal
 import struct
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from engine.config import Task
-from engine.fields import TaskError
-from engine.rewards import RewardError, prepare, score
+from engine.config import ConfigError, Task
+from engine.rewards import RewardError, Score, prepare, score
 from workers.tether import die_with_parent
 
 HEADER = struct.Struct(">I")
@@ -69,52 +69,102 @@ class Result(Struct, frozen=True):
     last: bool = False
 
 
-def pack(message: Setup | Ready | Job | Result) -> bytes:
+class Jobs(Struct, frozen=True):
+    """Of one task: several at once where a scorer is quicker so (`workers/score_documents.py`), else one."""
+
+    jobs: list[Job]
+
+
+class Results(Struct, frozen=True):
+    """Of the jobs before one that was the last, or of all."""
+
+    results: list[Result]
+
+
+def pack(message: Setup | Ready | Jobs | Results) -> bytes:
     """A frame: length and body."""
     body = msgspec.msgpack.encode(message)
     return HEADER.pack(len(body)) + body
 
 
+Scoring = Callable[[Sequence[Job]], list[Score | BaseException]]
+"""The score of each job, or what it raised, in order; those after one that left no memory may be missing."""
+
+
 def main() -> None:
-    """Score jobs until the stream ends. Never returns to an interpreter that foreign threads could keep alive."""
+    """Scores without a model, one job after the other."""
+    serve(one_by_one)
+
+
+def one_by_one(setup: Setup) -> Scoring:
+    """Prepares the tasks."""
+    for task in setup.tasks.values():
+        prepare(task)
+
+    def scores(jobs: Sequence[Job]) -> list[Score | BaseException]:
+        found: list[Score | BaseException] = []
+        for job in jobs:
+            try:
+                found.append(score(setup.tasks[job.task], job.text, job.answer))
+            except (
+                BaseException
+            ) as error:  # the edge of foreign code; SystemExit and KeyboardInterrupt are its failures too
+                found.append(error)
+                if _out_of_memory(error):
+                    break
+        return found
+
+    return scores
+
+
+def serve(load: Callable[[Setup], Scoring], *, model: bool = False) -> None:
+    """Scores jobs until the stream ends. Never returns to an interpreter that foreign threads could keep alive. With a
+    `model` the memory budget is for what comes beside what it takes when it is loaded."""
     source, sink = _private_streams()
     setup = msgspec.msgpack.decode(_read(source), type=Setup)
     die_with_parent(setup.parent, signal.SIGKILL)
-    _limit(setup.memory_mb)
+    if not model:
+        limit_memory(setup.memory_mb)
     sys.path.append(os.getcwd())
     home = os.getpid()
-    error = None
+    error, scoring = None, None
     try:
-        for task in setup.tasks.values():
-            prepare(task)
+        scoring = load(setup)
+        if model:
+            limit_memory(setup.memory_mb + _address_space_mb())
     except BaseException as caught:  # an imported module may raise anything, SystemExit included
         error = _describe(caught, setup.memory_mb)
     _write(sink, Ready(error), home)
-    while error is None and (frame := _read(source)):
-        result = _grade(msgspec.msgpack.decode(frame, type=Job), setup)
-        _write(sink, result, home)
-        if result.last:
+    while scoring is not None and error is None and (frame := _read(source)):
+        results = _grade(msgspec.msgpack.decode(frame, type=Jobs).jobs, scoring, setup.memory_mb)
+        _write(sink, results, home)
+        if results.results[-1].last:
             break
     os._exit(0)
 
 
-def _grade(job: Job, setup: Setup) -> Result:
-    try:
-        outcome = score(setup.tasks[job.task], job.text, job.answer)
-    except BaseException as error:  # the edge of foreign code; SystemExit and KeyboardInterrupt are its failures too
-        return Result(id=job.id, error=_describe(error, setup.memory_mb), last=_out_of_memory(error))
-    return Result(
-        id=job.id,
-        correct=outcome.correct,
-        value=outcome.value,
-        parts=outcome.parts,
-        reward=outcome.reward,
-        detail=_sendable(outcome.detail),
-    )
+def _grade(jobs: Sequence[Job], scoring: Scoring, memory_mb: int) -> Results:
+    results = []
+    for job, outcome in zip(jobs, scoring(jobs), strict=False):
+        if isinstance(outcome, BaseException):
+            error, last = _describe(outcome, memory_mb), _out_of_memory(outcome)
+            results.append(Result(id=job.id, error=error, last=last))
+        else:
+            results.append(
+                Result(
+                    id=job.id,
+                    correct=outcome.correct,
+                    value=outcome.value,
+                    parts=outcome.parts,
+                    reward=outcome.reward,
+                    detail=_sendable(outcome.detail),
+                )
+            )
+    return Results(results)
 
 
 def _describe(error: BaseException, memory_mb: int) -> str:
-    if isinstance(error, RewardError | TaskError):
+    if isinstance(error, RewardError | ConfigError):
         text = str(error)
     elif _out_of_memory(error):
         text = f"out of memory: over the budget of reward.memory_mb = {memory_mb} ({type(error).__name__})"
@@ -137,7 +187,14 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in str(error))
 
 
-def _limit(memory_mb: int) -> None:
+def _address_space_mb() -> int:
+    """What this process has mapped; a GPU's driver alone maps more than the machine has."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize() >> 20
+
+
+def limit_memory(memory_mb: int) -> None:
+    """Of the address space of this process and of each child that it forks."""
     budget = memory_mb << 20
     resource.setrlimit(resource.RLIMIT_AS, (budget, budget))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -169,7 +226,7 @@ def _read_exactly(source: int, size: int) -> bytes:
     return bytes(pieces)
 
 
-def _write(sink: int, message: Ready | Result, home: int) -> None:
+def _write(sink: int, message: Ready | Results, home: int) -> None:
     if os.getpid() != home:
         os._exit(0)  # a child that foreign code forked and let return: it must neither answer nor take a job
     frame = memoryview(pack(message))

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
 
-from workers.score import FRAME_LIMIT, HEADER, Job, Ready, Result, Setup, pack
+from workers.score import FRAME_LIMIT, HEADER, Job, Jobs, Ready, Result, Results, Setup, pack
 
 START_TIMEOUT_S = 120.0
 """Seconds until a scorer must have imported what its tasks need; a busy machine takes long over sympy."""
@@ -32,7 +33,7 @@ TAG = "HEADRACE_SCORER"
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
-T = TypeVar("T", Ready, Result)
+T = TypeVar("T", Ready, Results)
 
 
 class ScorerError(RuntimeError):
@@ -54,8 +55,9 @@ class Died(Exception):
 class Scorer:
     """One scoring process. After any exception it is dead, and `start` makes another."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+    def __init__(self, setup: Setup, program: str = "workers.score") -> None:
+        """`program` is the module that the process runs."""
+        self._setup, self._program = setup, program
         self._process: subprocess.Popen[bytes] | None = None
         self._tag = ""
         self._jobs = 0
@@ -75,7 +77,7 @@ class Scorer:
         }
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore::SyntaxWarning", "-m", "workers.score"],
+                [sys.executable, "-P", "-W", "ignore::SyntaxWarning", "-m", self._program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -93,16 +95,17 @@ class Scorer:
             self.kill()
             raise ScorerError(ready.error, refused=True)
 
-    def grade(self, task: str, text: str, answer: str, timeout_s: float) -> Result:
-        """Score one response. Raises `Expired` or `Died`; the process is dead then."""
-        self._jobs += 1
-        result = self._exchange(Job(self._jobs, task, text, answer), Result, timeout_s)
-        if result.id != self._jobs:
+    def grade(self, task: str, responses: Sequence[tuple[str, str]], timeout_s: float) -> list[Result]:
+        """Score (text, answer) of each response to `task`. Raises `Expired` or `Died`; the process is dead then."""
+        jobs = [Job(self._jobs + number, task, *response) for number, response in enumerate(responses, 1)]
+        self._jobs += len(jobs)
+        results = self._exchange(Jobs(jobs), Results, timeout_s).results
+        if [result.id for result in results] != [job.id for job in jobs]:
             self.kill()
-            raise Died(f"answered job {result.id} instead of {self._jobs}")
-        if result.last:
+            raise Died(f"answered jobs {[result.id for result in results]} instead of {[job.id for job in jobs]}")
+        if results[-1].last:
             self.kill()
-        return result
+        return results
 
     def kill(self) -> None:
         """Ends the process and everything that it forked; returns when they are gone."""
@@ -134,7 +137,7 @@ class Scorer:
         poller.register(process.stdout, select.POLLIN)
         return not poller.poll(0)
 
-    def _exchange(self, message: Setup | Job, kind: type[T], timeout_s: float) -> T:
+    def _exchange(self, message: Setup | Jobs, kind: type[T], timeout_s: float) -> T:
         try:
             body = self._converse(pack(message), time.monotonic() + timeout_s)
             return msgspec.msgpack.decode(body, type=kind)

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.documents.values import normal
-from engine.rewards import RewardError
+from engine.scores import RewardError
 
 LAST_PLACES = 100
 """An object is looked for at the last this many places of a text where one can begin: the bound on the work."""
@@ -91,13 +91,18 @@ def extract_fields(text: str) -> dict[str, str]:
     joined with spaces; null, true, false, nested objects and empty texts are no values. Of a name that repeats the last
     value counts.
     """
-    return {name: given for name, value in last_object(text).items() if (given := _as_text(value)) is not None}
+    return {name: given for name, value in (last_object(text) or {}).items() if (given := _as_text(value)) is not None}
 
 
-def last_object(text: str) -> dict[str, Any]:
-    """The last complete JSON object in `text` that is in no other object; empty where there is none."""
+def has_object(text: str) -> bool:
+    """Whether there is a complete JSON object in `text`, an empty one included."""
+    return last_object(text) is not None
+
+
+def last_object(text: str) -> dict[str, Any] | None:
+    """The last complete JSON object in `text` that is in no other object; None where there is none."""
     places = [match.start() for match in _OBJECT_BEGINS.finditer(text)][-LAST_PLACES:]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] | None = None
     end = 0
     for place in places:
         if place < end:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from engine.documents.page import Page
 from engine.documents.rows import rows
 
@@ -21,11 +23,14 @@ from the left edge (0 to 1000).
 """
 
 
-def page_text(page: Page) -> list[str]:
+def page_text(page: Page, *, positions: bool = True) -> list[str]:
     """The page's rows, from top to bottom: "233 @338 UNIHAKKA INTERNATIONAL SDN BHD @700 7.10" is a row whose top is at 233
-    with two texts, at 338 and at 700."""
+    with two texts, at 338 and at 700. Without `positions` the words alone."""
     texts = []
     for row in rows(page.boxes):
+        if not positions:
+            texts.append(" ".join(page.words[index] for index in row))
+            continue
         parts = [str(min(page.boxes[index][1] for index in row))]
         for place, index in enumerate(row):
             if place == 0 or _apart(page, row[place - 1], index):
@@ -35,19 +40,31 @@ def page_text(page: Page) -> list[str]:
     return texts
 
 
-def extraction_prompt(page: Page, fields: Sequence[str], *, max_characters: int) -> str:
-    """The whole prompt, of at most `max_characters`. Of a page that does not fit the first and last rows stay, in turn as far
-    as they fit, and one line in the middle says how many were left out. Raises `ValueError` where not even the question
-    fits."""
-    question = _ASK.format(fields=", ".join(fields))
-    texts = page_text(page)
-    room = max_characters - len(question)
+def extraction_prompt(
+    page: Page,
+    fields: Sequence[str],
+    *,
+    max_characters: int,
+    question: str | None = None,
+    positions: bool = True,
+    first_words: int | None = None,
+) -> str:
+    """The whole prompt, of at most `max_characters`: the question (the full one, or `question` with the names in place of
+    "{fields}") and the page's rows, the first ones that hold at most `first_words` words (at least one row). Of a page that
+    does not fit the first and last rows stay, in turn as far as they fit, and one line in the middle says how many were left
+    out. Raises `ValueError` where not even the question fits."""
+    asked = (_ASK if question is None else question).replace("{fields}", ", ".join(fields))
+    texts = page_text(page, positions=positions)
+    if first_words is not None:
+        counts = np.cumsum([len(row) for row in rows(page.boxes)])
+        texts = texts[: max(1, int(np.searchsorted(counts, first_words, side="right")))]
+    room = max_characters - len(asked)
     if room < len(_left_out(len(texts))):
         raise ValueError(
-            f"max_characters: got {max_characters}, expected at least {len(question) + len(_left_out(len(texts)))}, "
+            f"max_characters: got {max_characters}, expected at least {len(asked) + len(_left_out(len(texts)))}, "
             f"which the question for {len(fields)} fields needs before any row of the page"
         )
-    return question + "\n".join(_fitted(texts, room))
+    return asked + "\n".join(_fitted(texts, room))
 
 
 def extraction_row(page: Page, fields: Sequence[str], *, max_characters: int) -> dict[str, Any]:

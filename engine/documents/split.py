@@ -60,12 +60,16 @@ def split_by_company(pages: Sequence[Page], fraction: float, *, seed: int = 0) -
 
     Companies are taken in the order of a hash of their group and the seed until the fraction is reached, so the split
     depends on neither the pages' order nor the process. A company that would overshoot by more than it adds is passed
-    over. Pages without a company are a company of their own each. Raises `ValueError` for a fraction outside 0..1.
+    over. Pages without a company go by their template where they have one (a PDF's pages by their file), else alone.
+    Raises `ValueError` for a fraction outside 0..1.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction: got {fraction}, expected 0 to 1")
     groups = company_groups([page.fields["company"] for page in pages if page.fields.get("company")])
-    of_page = [groups[company] if (company := page.fields.get("company")) else f"page:{page.id}" for page in pages]
+    of_page = [
+        groups[company] if (company := page.fields.get("company")) else f"page:{page.template or page.id}"
+        for page in pages
+    ]
     sizes: dict[str, int] = {}
     for group in of_page:
         sizes[group] = sizes.get(group, 0) + 1

@@ -49,7 +49,7 @@ class _Receipt(Struct):
     width: int
     height: int
     lines: list[_Line]
-    fields: dict[str, str]
+    fields: dict[str, str] = {}
 
 
 def read_sroie_jsonl(path: Path, report: SroieReport, *, labels: bool = True) -> Iterator[Page]:
