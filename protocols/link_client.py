@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from protocols.codec import encode
 from protocols.link_errors import LinkError, LinkRefused, LinkTimeout
+from protocols.link_keys import WorkerKeys, require_keys
 from protocols.link_outbox import size_of
 from protocols.link_socket import MAX_MESSAGE_BYTES
 from protocols.link_thread import LinkThread, Shared
@@ -35,16 +36,18 @@ class Client:
         silence_s: float | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_unacknowledged_bytes: int = UNACKNOWLEDGED_BYTES,
+        keys: WorkerKeys | None = None,
     ) -> None:
         """A buffer that is silent for `silence_s` (None: five heartbeats, at least 5 s) is dialled anew. Raises
-        `LinkTimeout` when no buffer says welcome in time, `LinkRefused` when it refuses this worker, `LinkError` for an
-        address that is none."""
+        `LinkTimeout` when no buffer says welcome in time, `LinkRefused` when it refuses this worker or its key,
+        `KeysError` for an address beyond this machine without keys, `LinkError` for one that is none."""
+        require_keys(keys, address, hello.name)
         self.address, self.hello = address, hello
         self._max_message_bytes, self._max_unacknowledged_bytes = max_message_bytes, max_unacknowledged_bytes
         self._shared = Shared(Heartbeat(state="starts", since=time.time()))
         self._said_goodbye = False
         self._thread = LinkThread(
-            address, hello, self._shared, silence_s=silence_s, max_message_bytes=max_message_bytes
+            address, hello, self._shared, silence_s=silence_s, max_message_bytes=max_message_bytes, keys=keys
         )
         self._thread.start()
         try:
@@ -194,5 +197,7 @@ class Client:
             waits = f"{self.hello.name}: waited {said_s or timeout_s:.1f} s for {what} from {self.address}"
             if shared.over is not None:
                 raise LinkTimeout(f"{waits}, which said goodbye ({shared.over})")
+            if shared.trouble and not shared.connected:
+                waits += f": {shared.trouble}"
             held = f"; {len(shared.outbox)} messages of {shared.outbox.bytes} bytes are unacknowledged"
             raise LinkTimeout(waits + (held if shared.outbox else ""))

@@ -12,6 +12,7 @@ from protocols.messages import Ack
 @dataclass(slots=True)
 class Peer:
     worker: str
+    role: str
     session: bytes
     identity: bytes
     delivered: int

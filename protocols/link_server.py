@@ -7,24 +7,21 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import zmq
+from msgspec import structs
 
 from protocols.codec import Frame, Malformed, decode, encode
+from protocols.link_doorman import Doorman, role_of_key
 from protocols.link_errors import LinkError
 from protocols.link_events import Event, Joined, Left, Received
+from protocols.link_keys import BufferKeys, require_keys
 from protocols.link_outbox import size_of
 from protocols.link_peer import Peer
+from protocols.link_rights import FROM_WORKERS, SAID_BY
 from protocols.link_socket import HELLO_FIRST, MAX_MESSAGE_BYTES, open_socket, session_of
 from protocols.messages import PROTOCOL, Ack, Goodbye, Heartbeat, Hello, Message, StatusRequest, Welcome
 
 __all__ = ["STRIKES", "Event", "Joined", "Left", "Received", "Server"]
 
-FROM_WORKERS = frozenset(
-    {
-        "rollout", "hand_back", "grade", "plan_request", "pull", "step_commit", "announce", "heartbeat", "hello", "ack",
-        "status_request", "goodbye",
-    }
-)  # fmt: skip
-"""What a worker may say; anything else is refused before its body is looked at."""
 BATCH, BATCH_BYTES = 2000, 256 << 20
 """What one poll hands out at most, so that the owner commits it in one transaction of bounded size."""
 STRIKES = 20
@@ -49,8 +46,11 @@ class Server:
         peer_timeout_s: float,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_queue_bytes: int = QUEUE_BYTES,
+        keys: BufferKeys | None = None,
     ) -> None:
-        """Raises `LinkError` when the address cannot be bound. Port 0 takes a free one; `address` then names it."""
+        """Raises `LinkError` when the address cannot be bound, `KeysError` when it reaches beyond this machine and there
+        are no keys. Port 0 takes a free one; `address` then names it."""
+        require_keys(keys, address, "bind")
         self.welcome = Welcome(run="", heartbeat_s=heartbeat_s, step=0)
         self.counters: Counter[str] = Counter()
         self._peer_timeout_s = peer_timeout_s
@@ -63,8 +63,16 @@ class Server:
         self._replaced: OrderedDict[bytes, str] = OrderedDict()
         self._events: list[Event] = []
         self._context = zmq.Context()
-        self._socket = open_socket(self._context, zmq.ROUTER, address, max_message_bytes=max_message_bytes)
+        self._doorman = None if keys is None else Doorman(self._context, keys, self.counters)
+        self._socket = open_socket(self._context, zmq.ROUTER, address, max_message_bytes=max_message_bytes, keys=keys)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        for option in (zmq.HANDSHAKE_IVL, zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TIMEOUT):
+            # Ends connections that say nothing or leave a frame unfinished; the protocol above covers what that loses.
+            self._socket.setsockopt(option, int(peer_timeout_s * 1000))
+        self._poller = zmq.Poller()
+        for end in (self._socket, self._doorman and self._doorman.socket):
+            if end is not None:
+                self._poller.register(end, zmq.POLLIN)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -77,7 +85,10 @@ class Server:
         for worker in list(self._owing):
             self._pay(self._peers[worker])
         wait_s = 0.0 if self._events else min(timeout_s, RETRY_S) if self._stuck else timeout_s
-        more = self._socket.poll(int(wait_s * 1000)) and self._drain_socket()
+        ready = dict(self._poller.poll(int(wait_s * 1000)))
+        if self._doorman is not None:
+            self._doorman.answer()
+        more = self._socket in ready and self._drain_socket()
         for worker in list(self._stuck):
             self._push(self._peers[worker])
         if not more:  # what still waits in the socket may be a sign of life
@@ -129,6 +140,8 @@ class Server:
     def close(self) -> None:
         """Closes the socket at once; what the workers have not confirmed is lost."""
         self._socket.close()
+        if self._doorman is not None:
+            self._doorman.close()
         self._context.term()
 
     # --- what comes in ----------------------------------------------------------------------------------------------
@@ -138,21 +151,31 @@ class Server:
         count = size = 0
         while count < BATCH and size < BATCH_BYTES:
             try:
-                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                identity, role, frames = self._receive()
             except zmq.Again:
                 return False
             count += 1
             size += size_of(frames)
-            self._take(identity, frames)
+            self._take(identity, role, frames)
         return True
 
-    def _take(self, identity: bytes, frames: Sequence[Frame]) -> None:
+    def _receive(self) -> tuple[bytes, str | None, Sequence[Frame]]:
+        """The next message: whose connection, the role whose key it was made with (None: without keys), and its frames."""
+        if self._doorman is None:
+            identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            return identity, None, frames
+        first, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        return first.bytes, role_of_key(first), [part.buffer for part in parts]
+
+    def _take(self, identity: bytes, role: str | None, frames: Sequence[Frame]) -> None:
         self.counters["messages"] += 1
         if self._strikes.get(identity, 0) >= STRIKES:
             self.counters["ignored"] += 1
             return
+        peer = self._sessions.get(session_of(identity))
+        speaks_as = role or (peer.role if peer is not None else None)
         try:
-            id, message = decode(frames, FROM_WORKERS)
+            id, message = decode(frames, FROM_WORKERS if speaks_as is None else SAID_BY[speaks_as])
             if (size := size_of(frames)) > self._max_message_bytes:
                 expected = f"expected at most {self._max_message_bytes}"
                 raise Malformed(f"{type(message).__name__}: got {size} bytes, {expected}", "size", id)
@@ -160,9 +183,8 @@ class Server:
             self._strike(identity, error)
             return
         if isinstance(message, Hello):
-            self._greet(identity, id, message)
+            self._greet(identity, role, id, message)
             return
-        peer = self._sessions.get(session_of(identity))
         if peer is None:
             self.counters["unknown"] += 1
             self._tell(identity, Ack(0, HELLO_FIRST))
@@ -204,12 +226,16 @@ class Server:
             peer.delivered = max(peer.delivered, error.id)
             self.ack(peer.worker, error.id, str(error))
 
-    def _greet(self, identity: bytes, id: int, hello: Hello) -> None:
+    def _greet(self, identity: bytes, role: str | None, id: int, hello: Hello) -> None:
         """`id` is the highest of the worker's ids that is settled, on its side, with whatever buffer it last knew."""
         session = session_of(identity)
         if hello.protocol != PROTOCOL:
             self.counters["malformed_version"] += 1
             self._tell(identity, Ack(id, f"protocol: the buffer speaks {PROTOCOL}, {hello.name} {hello.protocol}"))
+            return
+        if (reason := self._not_admitted(session, role, hello)) is not None:
+            self.counters["not_admitted"] += 1
+            self._tell(identity, Ack(id, reason))
             return
         if session in self._replaced:
             self._tell(identity, Goodbye(self._replaced[session]))
@@ -220,13 +246,24 @@ class Server:
                 self._forget(peer, f"calls itself {hello.name} now")
             if (former := self._peers.get(hello.name)) is not None:
                 self._replace(former)
-            peer = Peer(hello.name, session, identity, id, time.monotonic())
+            peer = Peer(hello.name, hello.role, session, identity, id, time.monotonic())
             self._peers[hello.name] = self._sessions[session] = peer
         peer.identity, peer.heard = identity, time.monotonic()
         peer.outbox.rewind()
-        self._tell(identity, self.welcome, peer.stream)
+        # Only who takes weights is told where they are: behind the store's token.
+        welcome = self.welcome if hello.role == "generator" else structs.replace(self.welcome, weights=None)
+        self._tell(identity, welcome, peer.stream)
         self._push(peer)
         self._events.append(Joined(hello.name, hello))
+
+    def _not_admitted(self, session: bytes, role: str | None, hello: Hello) -> str | None:
+        """Why this hello is refused: it names another role than its key, or somebody of another role."""
+        if role is not None and hello.role != role:
+            return f"role: got {hello.role}, but the key of {hello.name} is that of a {role}"
+        for known in (self._peers.get(hello.name), self._sessions.get(session)):
+            if known is not None and known.role != hello.role:
+                return f"role: got {hello.role}, but {known.worker} is a {known.role} here; take another name"
+        return None
 
     # --- who is there -----------------------------------------------------------------------------------------------
 

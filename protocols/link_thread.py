@@ -10,9 +10,11 @@ import time
 from collections import deque
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from protocols.codec import Malformed, decode, encode
 from protocols.link_errors import LinkError, LinkRefused
+from protocols.link_keys import WorkerKeys
 from protocols.link_outbox import Outbox
 from protocols.link_socket import HELLO_FIRST, open_socket
 from protocols.messages import Ack, Goodbye, Heartbeat, Hello, Message, Welcome
@@ -21,6 +23,7 @@ CONFIRM_S, CONFIRM_MESSAGES = 0.05, 200
 """What has arrived is confirmed after this time or number, whichever is first."""
 BACKOFF_S = (0.05, 5.0)
 """Pause before a connection is made anew: the first, doubling up to the last, less a random half."""
+HANDSHAKE_FAILED = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
 CONNECTION_ENDS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -48,6 +51,8 @@ class Shared:
         self.over: str | None = None
         """The reason of the buffer's goodbye; after it no connection is made anew."""
         self.failure: LinkError | None = None
+        self.trouble = ""
+        """Why the last handshake failed, as far as this end can tell."""
         self.closing = threading.Event()
         self._nudged = False
         self._wake, self.woken = socket.socketpair()
@@ -75,11 +80,18 @@ class LinkThread(threading.Thread):
     """Connects, and connects anew, until the worker closes, the buffer has said goodbye or refuses this worker."""
 
     def __init__(
-        self, address: str, hello: Hello, shared: Shared, *, silence_s: float | None, max_message_bytes: int
+        self,
+        address: str,
+        hello: Hello,
+        shared: Shared,
+        *,
+        silence_s: float | None,
+        max_message_bytes: int,
+        keys: WorkerKeys | None,
     ) -> None:
         super().__init__(name=f"link of {hello.name}", daemon=True)
         self._address, self._hello, self._shared = address, hello, shared
-        self._silence_s, self._max_message_bytes = silence_s, max_message_bytes
+        self._silence_s, self._max_message_bytes, self._keys = silence_s, max_message_bytes, keys
         self._session = random.SystemRandom().randbytes(16).hex().encode()
         self._attempt = 0
         self._stream = 0
@@ -93,7 +105,7 @@ class LinkThread(threading.Thread):
         try:
             while not shared.closing.is_set():
                 with open_socket(
-                    context, zmq.DEALER, self._address, max_message_bytes=self._max_message_bytes
+                    context, zmq.DEALER, self._address, max_message_bytes=self._max_message_bytes, keys=self._keys
                 ) as dealer:
                     if self._serve(dealer):
                         pause_s = BACKOFF_S[0]
@@ -139,6 +151,7 @@ class LinkThread(threading.Thread):
                 if dealer in ready:
                     self._receive(dealer)
                 if monitor in ready:
+                    self._ended(parse_monitor_message(monitor.recv_multipart())["event"])
                     break
                 now, beat_s = time.monotonic(), shared.welcome.heartbeat_s if shared.welcome else 1.0
                 if now - max(shared.heard, dialled) > self._alive_s:
@@ -154,6 +167,18 @@ class LinkThread(threading.Thread):
             shared.connected = False
             dealer.disable_monitor()
             monitor.close()
+
+    def _ended(self, event: int) -> None:
+        """What the end of a connection says about keys. Of a buffer that once knew this one nothing is taken as final."""
+        shared = self._shared
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            shared.trouble = "it does not know this worker's key"
+            if shared.welcome is None:
+                self._fail(LinkRefused(f"{self._hello.name}: {self._address} refused: {shared.trouble}"))
+        elif event in HANDSHAKE_FAILED and self._keys is None:
+            shared.trouble = "it ended the handshake; it may want keys, and this worker has none"
+        elif event in HANDSHAKE_FAILED:
+            shared.trouble = "it ended the handshake; it has no keys, or others than this worker's file says"
 
     def _wait_ms(self, beat_at: float) -> int:
         """Until the next heartbeat, confirmation or look at the clock, whichever is first."""

@@ -283,10 +283,15 @@ class StepCommit(Struct, frozen=True, tag="step_commit"):
 
 
 class Announce(Struct, frozen=True, tag="announce"):
-    """Learner to buffer to every generator: where the weight group's rendezvous store listens."""
+    """Learner to buffer to every generator: where the weight group's rendezvous store listens, and the token that it asks
+    for (none on one machine)."""
 
     host: str
     port: int
+    token: str = ""
+
+    def __repr__(self) -> str:
+        return f"Announce(host={self.host!r}, port={self.port})"
 
 
 class Held(Struct, frozen=True):

@@ -122,8 +122,8 @@ def test_refusals_come_as_messages_and_end_a_question(buffer: Buffer) -> None:
     client = connect(buffer.address)
     id = client.send(rollout(1))
     assert client.receive(5.0) == m.Ack(id, "no Rollout")
-    with pytest.raises(LinkRefused, match=r"w: tcp://\S+ refused PlanRequest: no PlanRequest"):
-        client.ask(m.PlanRequest(1), m.Plan, 5.0)
+    with pytest.raises(LinkRefused, match=r"w: tcp://\S+ refused HandBack: no HandBack"):
+        client.ask(m.HandBack(1, 0, [0]), m.Ticket, 5.0)
     assert client.unacknowledged == 0
     client.close()
 
@@ -169,8 +169,8 @@ def test_a_buffer_that_starts_later_is_found(buffer: Buffer) -> None:
 def test_timeouts_name_what_they_wait_for(buffer: Buffer) -> None:
     buffer.acknowledges = False
     client = connect(buffer.address, max_unacknowledged_bytes=5000)
-    with pytest.raises(LinkTimeout, match=r"w: waited 0\.1 s for a Plan from tcp://.*; 1 messages of \d+ bytes"):
-        client.ask(m.PlanRequest(1), m.Plan, 0.1)
+    with pytest.raises(LinkTimeout, match=r"w: waited 0\.1 s for a Ticket from tcp://.*; 1 messages of \d+ bytes"):
+        client.ask(m.HandBack(1, 0, [0]), m.Ticket, 0.1)
     with pytest.raises(LinkTimeout, match=r"w: waited 0\.1 s for acknowledgements from tcp://"):
         client.flush(0.1)
     client.send(rollout(1, tokens=1000))
@@ -477,7 +477,7 @@ def test_only_what_workers_say_is_heard(buffer: Buffer) -> None:
         raw.say(STATUS, 2)
         answer = raw.hear()[1]
     assert isinstance(answer, m.Ack)
-    assert "kind: got 'status', expected one of ['ack', 'announce'," in str(answer.refused)
+    assert "kind: got 'status', expected one of ['ack', 'goodbye'," in str(answer.refused)
     assert buffer.groups() == []
 
 

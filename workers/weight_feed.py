@@ -139,7 +139,12 @@ class WeightFeed:
     def _connect(self, where: Announce) -> None:
         try:
             made: Subscriber | ConnectionError = Subscriber(
-                where.host, where.port, name=self._name, device=self._device, timeout_s=self._peer_timeout_s
+                where.host,
+                where.port,
+                name=self._name,
+                device=self._device,
+                timeout_s=self._peer_timeout_s,
+                token=where.token,
             )
         except ConnectionError as error:
             made = error

@@ -7,7 +7,7 @@
     group/E/...  what a process group of epoch E needs to find its peers; removed once it is built
 
 A queue vanishes with its last message and the publisher removes the rest, so the store does not grow. It knows no
-passwords: whoever reaches the address can join. Serve it on a trusted network only.
+passwords: whoever reaches it can join. Beyond this machine it stands behind a token's `gate`.
 """
 
 from __future__ import annotations

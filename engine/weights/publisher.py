@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.weights import control
 from engine.weights.control import Check, Failed, Join, Leave, Offer, Ready, Refused, Reject, ToPublisher
+from engine.weights.gate import LOCAL, Relay, open_gate
 from engine.weights.groups import Groups
 from engine.weights.layout import Digests
 from engine.weights.roster import Member, Roster
@@ -46,9 +47,11 @@ class Publisher:
         bucket_bytes: int = BUCKET_BYTES,
         peer_timeout_s: float = 60.0,
         sparse: bool = False,
+        token: str = "",
         connect: Connect = connect,
     ) -> None:
-        """Listen on `host`, an address of this machine that subscribers reach (port 0: any free one).
+        """Listen on `host`, an address of this machine that subscribers reach (port 0: any free one). With a token only
+        who holds it can reach the store.
 
         `device` is where weights are staged: "cpu" goes over gloo, "cuda" over NCCL (subscribers must have the same,
         and a GPU each that is not the learner's). `sparse` sends a member that holds the version before only what
@@ -58,8 +61,13 @@ class Publisher:
             raise ValueError(f"weights: got bucket_bytes {bucket_bytes}, peer_timeout_s {peer_timeout_s}; expected > 0")
         self._device = torch.device(device)
         self._bucket_bytes, self._peer_timeout_s = bucket_bytes, peer_timeout_s
-        self._store = control.serve_store(host, port, peer_timeout_s)
-        self.address = (host, int(self._store.port))
+        self._gate: Relay | None = None
+        if token:
+            self._store = control.serve_store(LOCAL, 0, peer_timeout_s)
+            self._gate = open_gate(host, port, int(self._store.port), token)
+        else:
+            self._store = control.serve_store(host, port, peer_timeout_s)
+        self.address = (host, self._gate.port if self._gate is not None else int(self._store.port))
         """(host, port) that a `Subscriber` is given."""
         self._roster = Roster(peer_timeout_s=peer_timeout_s, grace_s=min(GRACE_S, peer_timeout_s / 2))
         self._groups = Groups(self._store, connect, host=host, device=self._device, timeout_s=peer_timeout_s)
@@ -134,6 +142,8 @@ class Publisher:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(self._peer_timeout_s + GRACE_S)
+        if self._gate is not None:
+            self._gate.close()
         if self._thread.is_alive():
             log.error("weights: the publisher's thread still waits for a transport; left behind")
             return

@@ -32,6 +32,7 @@ from engine.weights.control import (
     ToMember,
     ToPublisher,
 )
+from engine.weights.gate import LOCAL, open_passage
 from engine.weights.incoming import Incoming, NotHeld, make_room
 from engine.weights.layout import weights_hash
 from engine.weights.transport import Connect, Seat, Transport, TransportError, backend_of, connect
@@ -56,13 +57,15 @@ class Subscriber:
         name: str,
         device: str = "cpu",
         timeout_s: float = 60.0,
+        token: str = "",
         connect: Connect = connect,
     ) -> None:
-        """Join the publisher at `host:port`. `device` is where updates lie: "cpu" receives over gloo, "cuda" over
+        """Join the publisher at `host:port`, which may ask for a `token`. `device` is where updates lie: "cpu" receives over gloo, "cuda" over
         NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`."""
         self._host, self._port, self._name, self._timeout_s = host, port, name, timeout_s
         self._device, self._connect = torch.device(device), connect
-        self._store = control.open_store(host, port, timeout_s)
+        self._passage = open_passage(host, port, token) if token else None
+        self._store = self._open_store()
         self._beat_store = self._store.clone()
         self._address = control.local_address(host, port)
         self._shelf = Shelf(self._device)
@@ -137,6 +140,8 @@ class Subscriber:
             thread.join(max(0.1, deadline - time.monotonic()))
             if thread.is_alive():
                 log.error("%s: %s still waits; left behind", self, thread.name)
+        if self._passage is not None:
+            self._passage.close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +153,16 @@ class Subscriber:
 
     def __str__(self) -> str:
         return f"weights of {self._host}:{self._port} for {self._name}"
+
+    def _open_store(self) -> TCPStore:
+        if self._passage is None:
+            return control.open_store(self._host, self._port, self._timeout_s)
+        try:
+            return control.open_store(LOCAL, self._passage.port, self._timeout_s)
+        except ConnectionError as error:
+            self._passage.close()
+            why = "it refused the token" if self._passage.denied else "no answer"
+            raise ConnectionError(f"weights store at {self._host}:{self._port}: {why}") from error
 
     # --- the beat thread -----------------------------------------------------------------------------------------
 
