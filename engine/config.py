@@ -84,6 +84,7 @@ class BufferConfig(Section, frozen=True):
     prompt_tokens: int = 2048
     long_prompts: Literal["error", "skip"] = "error"
     address: str = "tcp://127.0.0.1:0"
+    keys: str | None = None
     lease_s: float = 60.0
     heartbeat_s: float = 2.0
 

@@ -111,7 +111,9 @@ def read_worker_keys(folder: str | Path, role: str) -> WorkerKeys:
 def is_local(address: str) -> bool:
     """Whether only this machine reaches `address`; of a name only `localhost` counts as known to do so."""
     if not address.startswith("tcp://"):
-        return address.startswith(("ipc://", "inproc://")) or "://" not in address  # the last is none, and refused as such
+        return (
+            address.startswith(("ipc://", "inproc://")) or "://" not in address
+        )  # the last is none, and refused as such
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     if host in ("localhost", "lo"):
         return True

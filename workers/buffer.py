@@ -17,6 +17,7 @@ from engine.config import Config
 from protocols import messages as m
 from protocols.ledger import Decided, Issue, Score
 from protocols.link import Joined, Left, Received, Server
+from workers.keys import buffer_keys
 from workers.run_state import RunState, say
 
 TURN_S = 0.02
@@ -46,6 +47,7 @@ class Buffer:
             heartbeat_s=config.buffer.heartbeat_s,
             peer_timeout_s=max(10.0, 5 * config.buffer.heartbeat_s),
             max_message_bytes=1 << 30,
+            keys=buffer_keys(config),
         )
         try:
             self.state = RunState(config, resume=resume)

@@ -121,6 +121,15 @@ def model(config: ConfigPath, set: Overrides = None) -> None:
 
 
 @app.command()
+def keygen(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the keys.")]) -> None:
+    """Make a run's keys: DIR/ROLE.key is all that a machine of that role needs; set buffer.keys = "DIR"."""
+    from protocols.link_keys import make_keys
+
+    for path in make_keys(folder):
+        print(path)
+
+
+@app.command()
 def check(config: ConfigPath, set: Overrides = None) -> None:
     """Print the effective run in one unit system; refuse contradictions by name."""
     from workers.check import check
@@ -158,7 +167,7 @@ def status(run: Run) -> None:
     folder = _run_dir(run)
     address = folder / "address"
     try:
-        found = ask_status(address.read_text(encoding="utf-8").strip()) if address.exists() else None
+        found = ask_status(folder) if address.exists() else None
     except LinkTimeout:
         found = None
     Console().print(render(found, {}, None, time.time()) if found else _standing(folder), soft_wrap=found is None)
@@ -229,7 +238,7 @@ def _address(config: Config) -> str:
 
 
 BAD_INPUT = {
-    "ConfigError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged",
+    "ConfigError", "KeysError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged",
     "LaunchRefused", "LogError", "RewardsBroken",
 }  # fmt: skip
 """Starting again cannot help: exit code 2."""

@@ -26,8 +26,9 @@ from engine.generate_vllm import EngineLost, VllmGenerator, start_vllm
 from engine.models import load_model
 from engine.text import TextModel
 from engine.weights import Update
-from protocols.link import Client, LinkError, LinkRefused, LinkTimeout
+from protocols.link import Client, KeysError, LinkError, LinkRefused, LinkTimeout
 from protocols.messages import Ack, Announce, Goodbye, HandBack, Hello, Ticket
+from workers.keys import worker_keys
 from workers.weight_feed import LearnerLost, WeightFeed
 
 JOIN_TIMEOUT_S = 60.0
@@ -53,12 +54,13 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
                 parts.callback(engine.close)
             credit = capacity(engine.config.slots)
             hello = Hello(role="generator", name=name, host=socket.gethostname(), pid=os.getpid(), capacity=credit)
-            client = parts.enter_context(closing(Client(join, hello, timeout_s=JOIN_TIMEOUT_S)))
+            keys = worker_keys(config, "generator")
+            client = parts.enter_context(closing(Client(join, hello, timeout_s=JOIN_TIMEOUT_S, keys=keys)))
             weights = parts.enter_context(closing(_feed(config, name, engine)))
             stop = threading.Event()
             _on_signals(lambda *_: stop.set())
             Generator(client, engine, weights, stop, gone_s=gone_s).serve()
-    except (LinkRefused, ConfigError, WeightsRefused, TicketRefused) as error:
+    except (KeysError, LinkRefused, ConfigError, WeightsRefused, TicketRefused) as error:
         return _fail(name, error, 2)
     except (LinkError, LearnerLost, EngineLost, FloatingPointError) as error:
         return _fail(name, error, 1)

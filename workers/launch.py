@@ -14,6 +14,7 @@ from types import FrameType
 from engine.config import Config, ConfigError, NewModel, load_config
 from workers.check import refuse
 from workers.crew import Crew
+from workers.keys import provide_keys
 from workers.last_words import out_of_space
 from workers.launch_errors import LaunchError, LaunchRefused, Stopped, no_room, role_failure
 from workers.metrics import read_metrics
@@ -147,6 +148,8 @@ class Launch:
 
     def _start_buffer(self) -> None:
         """Starts the buffer and waits for the address that it publishes once it listens."""
+        if (made := provide_keys(self.config)) is not None:
+            self._say(f"made keys in {made}, for {self.config.buffer.address} reaches beyond this machine")
         published = self.config.run_dir / "address"
         deadline = time.monotonic() + self.patience.leave_s
         while being_written(log_path(self.config)):  # a launcher that was killed: its roles take a moment to end

@@ -8,6 +8,7 @@ commits, publishes weights and writes checkpoints; every rank pulls its own data
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from engine.models import named_weights
 from engine.weights import Publisher
 from protocols import messages as m
 from protocols.link import Client
+from workers.keys import keys_folder, worker_keys
 from workers.trainer import Trained, Trainer
 
 ASK_AGAIN_S = 30.0
@@ -36,6 +38,8 @@ DATA_TIMEOUT_S = 6 * 3600.0
 
 PULL_TIMEOUT_S = 300.0
 COMMIT_TIMEOUT_S = 60.0
+ELSEWHERE = "192.0.2.1"
+"""An address that is nobody's (RFC 5737): the way to it shows which of its own this machine uses towards others."""
 
 T = TypeVar("T", bound=m.Message)
 
@@ -57,7 +61,7 @@ def run(config: Config, join: str) -> int:
         timeout = timedelta(seconds=config.learner.peer_timeout_s)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
     hello = m.Hello(role="learner", name=f"learner-{rank}", host=socket.gethostname(), pid=os.getpid())
-    client = Client(join, hello, timeout_s=60.0)
+    client = Client(join, hello, timeout_s=60.0, keys=worker_keys(config, "learner"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         Learner(config, client, join, rank=rank, world=world, device=device).train()
@@ -81,6 +85,7 @@ class Learner:
         self.trainer = Trainer(config, self, rank=rank, world=world, device=device)
         self.start = self.trainer.resume(client.welcome.step)
         self.publisher: Publisher | None = None
+        self.token = ""
         self.published_s = 0.0
         self.over: Over | None = None
         self.announced_to: m.Welcome | None = None
@@ -186,11 +191,14 @@ class Learner:
     # --- start -----------------------------------------------------------------------------------------------------
 
     def _open_publisher(self, device: str) -> None:
+        # Handed out over the authenticated link alone; without keys all of the run is on one machine.
+        self.token = secrets.token_hex(32) if keys_folder(self.config) is not None else ""
         self.publisher = Publisher(
             reachable_host(self.address),
             device=device,
             bucket_bytes=self.config.learner.bucket_mb << 20,
             peer_timeout_s=self.config.learner.peer_timeout_s,
+            token=self.token,
             sparse=sends_changes(self.config.learner),
         )
         self._announce()
@@ -200,7 +208,7 @@ class Learner:
         """Once to every buffer: one that was started anew has forgotten where the weights are."""
         if self.publisher is not None and self.client.welcome is not self.announced_to:
             self.announced_to = self.client.welcome
-            self.client.send(m.Announce(*self.publisher.address))
+            self.client.send(m.Announce(*self.publisher.address, self.token))
 
 
 def sends_changes(config: LearnerConfig) -> bool:
@@ -211,6 +219,8 @@ def sends_changes(config: LearnerConfig) -> bool:
 def reachable_host(address: str) -> str:
     """The address of this machine by which the buffer's machine, and so every generator, reaches it."""
     host, port = urlsplit(address).hostname, urlsplit(address).port
+    if host in ("0.0.0.0", "::"):  # every address of this machine: others need one that leads here
+        host = ELSEWHERE
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing: it only makes the kernel choose the outgoing interface
         return str(probe.getsockname()[0])

@@ -15,8 +15,9 @@ import time
 
 from engine.config import Config
 from engine.tasks import named_tasks
-from protocols.link import Client, LinkError, LinkRefused, LinkTimeout
+from protocols.link import Client, KeysError, LinkError, LinkRefused, LinkTimeout
 from protocols.messages import Ack, Announce, Goodbye, Grade, GradeTask, Hello
+from workers.keys import worker_keys
 from workers.scorer import ScorerError
 from workers.scorer_pool import ScorerPool
 
@@ -51,13 +52,13 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
             pid=os.getpid(),
             capacity=config.reward.scorers * config.reward.tasks_per_scorer,
         )
-        client = Client(join, hello, timeout_s=JOIN_TIMEOUT_S)
+        client = Client(join, hello, timeout_s=JOIN_TIMEOUT_S, keys=worker_keys(config, "reward"))
         try:
             return Reward(client, pool, grades, stop, gone_s=gone_s).serve()
         finally:
             client.close()
     except LinkError as error:
-        return _fail(name, error, 2 if isinstance(error, LinkRefused) else 1)
+        return _fail(name, error, 2 if isinstance(error, LinkRefused | KeysError) else 1)
     finally:
         pool.close(0.0)
 

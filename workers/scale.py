@@ -143,7 +143,7 @@ def _ask(run_dir: Path, request: Request, pid: int) -> Answer:
 def _workers(run_dir: Path) -> dict[str, dict[str, Any]] | None:
     """What the buffer knows of each worker, by name; None when it does not answer."""
     try:
-        status = ask_status((run_dir / "address").read_text(encoding="utf-8").strip())
+        status = ask_status(run_dir)
     except (LinkError, OSError):
         return None
     return {str(worker["name"]): worker for worker in status.workers}

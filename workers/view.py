@@ -25,6 +25,7 @@ from rich.text import Text
 
 from protocols.link import Client, LinkError
 from protocols.messages import Hello, Status, StatusRequest
+from workers.keys import observer_keys
 from workers.lines import duration, eta_s, eval_line, figure_lines, step_line, waiting_line
 from workers.metrics import FILE, read_metrics
 
@@ -41,7 +42,7 @@ class View:
     def __init__(self, run_dir: Path, address: str, *, steps: int, live: bool, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._over = threading.Event()
-        self._feed = Feed(address, self._over)
+        self._feed = Feed(address, self._over, run_dir)
         self._screen: Screen = (
             LiveScreen(self._console)
             if live and self._console.is_terminal
@@ -97,8 +98,8 @@ class Feed:
     """The buffer's Status, asked for over the link as an observer, and rates from one to the next. Stops asking when
     `over` is set."""
 
-    def __init__(self, address: str, over: threading.Event) -> None:
-        self._address, self._over = address, over
+    def __init__(self, address: str, over: threading.Event, run_dir: Path) -> None:
+        self._address, self._over, self._run_dir = address, over, run_dir
         self._client: Client | None = None
         self._samples: dict[str, deque[tuple[float, float]]] = {}
         self.status: Status | None = None
@@ -118,7 +119,7 @@ class Feed:
 
     def _ask(self) -> Status | None:
         if self._client is None:
-            self._client = Client(self._address, _hello(), timeout_s=ASK_TIMEOUT_S)
+            self._client = Client(self._address, _hello(), timeout_s=ASK_TIMEOUT_S, keys=observer_keys(self._run_dir))
         self._client.send(StatusRequest())
         deadline = time.monotonic() + ASK_TIMEOUT_S
         while time.monotonic() < deadline and not self._over.is_set():
@@ -148,9 +149,11 @@ class Feed:
                 self.rates[worker["name"]] = (seen[-1][1] - seen[0][1]) / span if span > 0 else 0.0
 
 
-def ask_status(address: str) -> Status:
-    """The run's status, once. Raises `LinkError` when the buffer does not answer."""
-    client = Client(address, _hello(), timeout_s=ASK_TIMEOUT_S)
+def ask_status(run_dir: Path) -> Status:
+    """The status of the run in this folder, once. Raises `LinkError` when its buffer does not answer, `OSError` when it
+    has published no address."""
+    address = (run_dir / "address").read_text(encoding="utf-8").strip()
+    client = Client(address, _hello(), timeout_s=ASK_TIMEOUT_S, keys=observer_keys(run_dir))
     try:
         return client.ask(StatusRequest(), Status, ASK_TIMEOUT_S)
     finally:

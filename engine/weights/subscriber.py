@@ -60,7 +60,9 @@ class Subscriber:
         token: str = "",
         connect: Connect = connect,
     ) -> None:
-        """Join the publisher at `host:port`, which may ask for a `token`. `device` is where updates lie: "cpu" receives over gloo, "cuda" over
+        """Join the publisher at `host:port`, which may ask for a `token`.
+
+        `device` is where updates lie: "cpu" receives over gloo, "cuda" over
         NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`."""
         self._host, self._port, self._name, self._timeout_s = host, port, name, timeout_s
         self._device, self._connect = torch.device(device), connect

@@ -9,6 +9,7 @@ from pathlib import Path
 from protocols.link import Client, LinkError
 from protocols.log import Log, LogError
 from protocols.messages import Hello, Status, StatusRequest
+from workers.keys import observer_keys
 from workers.roles import role_of
 
 ANSWER_S = 1.0
@@ -59,7 +60,8 @@ class Observer:
                 self.close()
             if self._client is None:
                 hello = Hello(role="observer", name=f"chaos-{os.getpid()}", host=socket.gethostname(), pid=os.getpid())
-                self._client = Client(address.read_text(encoding="utf-8").strip(), hello, timeout_s=ANSWER_S)
+                where, keys = address.read_text(encoding="utf-8").strip(), observer_keys(self.run_dir)
+                self._client = Client(where, hello, timeout_s=ANSWER_S, keys=keys)
             return self._client.ask(StatusRequest(), Status, ANSWER_S)
         except (LinkError, OSError):
             return None
