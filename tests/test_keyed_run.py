@@ -65,7 +65,7 @@ def config_in(folder: Path, address: str) -> Path:
 def test_a_buffer_without_keys_is_refused_beyond_loopback(tmp_path: Path) -> None:
     done = headrace("buffer", str(config_in(tmp_path, "0.0.0.0")))
     assert done.returncode == 2
-    assert re.fullmatch(r"headrace: bind: tcp://0\.0\.0\.0:0 reaches beyond .* headrace keygen DIR.*\n", done.stderr)
+    assert re.fullmatch(r"headrace: bind: tcp://0\.0\.0\.0:0 reaches beyond .*`headrace keygen DIR`.*\n", done.stderr)
     assert not (tmp_path / "keyed" / "rollouts.db").exists()
     done = headrace("generator", str(config_in(tmp_path, "0.0.0.0")), "--join", "tcp://10.1.2.3:5")
     assert done.returncode == 2
