@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.documents.page import Page, TaskError, normalise_box, read_pages, write_pages
@@ -86,6 +86,7 @@ def test_boxes_are_thousandths_and_stay_on_the_page() -> None:
 tag = st.sampled_from(["O", "B-a", "I-a", "B-b", "I-b"])
 
 
+@settings(deadline=None)
 @given(st.lists(tag))
 def test_spans_and_tags_are_inverse_where_tags_are_bio(tags: list[str]) -> None:
     again = tags_of(spans(tags), len(tags))
@@ -118,6 +119,7 @@ def test_flat_boxes_have_rows_too() -> None:
 edge = st.integers(0, 60)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(edge, edge, edge, edge).map(lambda b: (*sorted(b[:2]), *sorted(b[2:])))))
 def test_each_box_is_in_one_row(raw: list[tuple[int, int, int, int]]) -> None:
     boxes = [(x0, y0, x1, y1) for x0, x1, y0, y1 in raw]

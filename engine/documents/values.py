@@ -178,14 +178,19 @@ def _plain(number: str) -> str:
     return number.replace(",", ".")
 
 
+_REGISTRATION = re.compile(r"\((?:co|reg|no|[.:\s]){0,12}\d{4,12}[\s-]{0,3}[a-z]?\s?\)\W{0,3}$", re.IGNORECASE)
+"""A company's number in a register, in brackets behind its name."""
+
+
 def value_in(field: str, text: str) -> str:
     """From the words of an entity to the value in them: the first date in "DATE:01/02/2018"; the amount that they are, with its
-    currency and sign, else the last one in "TOTAL:20.50". All of `text` where there is none."""
+    currency and sign, else the last one in "TOTAL:20.50"; a company without its number in a register ("MYNEWS SB(306295-X)").
+    All of `text` where there is none."""
     match kind_of(field):
         case "date":
             found = find_date(text)
         case "amount":
             found = find_amount(text) if read_amount(text) is None else None
         case "text":
-            found = None
-    return text if found is None else found
+            found = _REGISTRATION.sub("", text).rstrip() if field.casefold() == "company" else None
+    return found or text
