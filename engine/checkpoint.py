@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.critic import FOLDER as CRITIC
@@ -52,7 +52,7 @@ def save_checkpoint(
     root: Path,
     step: int,
     *,
-    model: PreTrainedModel,
+    model: nn.Module,
     source_folder: str | Path,
     optimizer: Mapping[str, Tensor],
     meta: Mapping[str, Any],
@@ -194,7 +194,7 @@ def _write_whole(final: Path, write: Callable[[Path], None], where: str) -> None
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_model(folder: Path, model: PreTrainedModel, source: Path, settings: Mapping[str, Any]) -> None:
+def _write_model(folder: Path, model: nn.Module, source: Path, settings: Mapping[str, Any]) -> None:
     weights = named_weights(model)
     _copy_source(source, folder, weights, settings)
     save_file(_owned(weights), folder / WEIGHTS, metadata={"format": "pt"})

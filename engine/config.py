@@ -27,6 +27,7 @@ from engine.config_objectives import (
     VapoObjective,
     VcppoObjective,
 )
+from engine.config_pages import PagesTask, UtelModel, UtelObjective, UtelTagObjective
 from engine.config_section import ConfigError, Section
 from engine.config_tasks import (
     DocumentScore,
@@ -44,13 +45,14 @@ from engine.config_tasks import (
 from protocols.messages import Sampling
 
 __all__ = [
-    "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective", "DecoupledCorrection",
-    "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract", "GeneratorConfig",
-    "IcepopCorrection", "JsonlTask", "LearnerConfig",
-    "LengthAdaptive", "LevelOff", "LogTask", "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong",
-    "PathModel", "PpoObjective", "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
-    "TorchEngine", "TruncatedCorrection", "VapoObjective", "VcppoObjective", "VllmEngine", "apply_override",
-    "dump_config", "load_config", "parse_config", "policy_folder",
+    "AnyTask", "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective",
+    "DecoupledCorrection", "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract",
+    "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig", "LengthAdaptive", "LevelOff", "LogTask",
+    "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PagesTask", "PathModel", "PpoObjective",
+    "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
+    "TorchEngine", "TruncatedCorrection", "UtelModel", "UtelObjective", "UtelTagObjective", "VapoObjective",
+    "VcppoObjective", "VllmEngine", "apply_override", "dump_config", "load_config", "parse_config", "policy_folder",
+    "start_folder",
 ]  # fmt: skip
 
 
@@ -200,12 +202,16 @@ class EvalConfig(Section, frozen=True):
     top_p: float = 1.0
 
 
+AnyTask = Task | LogTask | PagesTask
+"""What can stand in `tasks`."""
+
+
 class Config(Section, frozen=True):
     name: str
     steps: int
-    model: PathModel | NewModel
-    tasks: list[Task | LogTask]
-    objective: Objective
+    model: PathModel | NewModel | UtelModel
+    tasks: list[AnyTask]
+    objective: Objective | UtelObjective | UtelTagObjective
     buffer: BufferConfig
     learner: LearnerConfig
     generator: GeneratorConfig | None = None
@@ -218,6 +224,11 @@ class Config(Section, frozen=True):
     source: str = field(default="", name="_source")
 
     @property
+    def reads_pages(self) -> bool:
+        """Whether UTel is trained, on pages instead of prompts."""
+        return isinstance(self.objective, UtelObjective | UtelTagObjective)
+
+    @property
     def samples(self) -> bool:
         """Whether generators make the responses; otherwise rows bring them."""
         return self.generates and not self.offline
@@ -225,7 +236,7 @@ class Config(Section, frozen=True):
     @property
     def generates(self) -> bool:
         """Whether generators run: they make the responses, or those of evaluations."""
-        return self.generator is not None and not isinstance(self.objective, SftObjective)
+        return self.generator is not None and not isinstance(self.objective, SftObjective) and not self.reads_pages
 
     @property
     def offline(self) -> bool:
@@ -295,6 +306,13 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 def policy_folder(config: Config) -> Path:
     """The Hugging Face folder that step 0 of this run starts from. Raises `ConfigError` when the cold start has not run."""
+    if isinstance(config.model, UtelModel):
+        return config.run_dir / "model"
+    return start_folder(config) or config.run_dir / "model"
+
+
+def start_folder(config: Config) -> Path | None:
+    """The folder that the model is taken from; None for fresh weights. Raises `ConfigError` when the cold start has not run."""
     if config.cold_start:
         first = load_config(config.cold_start)
         checkpoints = sorted((first.run_dir / "checkpoints").glob("step-*[0-9]"))
@@ -303,4 +321,4 @@ def policy_folder(config: Config) -> Path:
                 f"{config.source}: cold_start: no checkpoint in {first.run_dir}; run `headrace launch {config.cold_start}` first"
             )
         return checkpoints[-1]
-    return Path(config.model.path) if isinstance(config.model, PathModel) else config.run_dir / "model"
+    return None if isinstance(config.model, NewModel) or config.model.path is None else Path(config.model.path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -76,7 +76,7 @@ def output_weight(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
-def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """The parameters themselves by Hugging Face name, sorted by name; tied ones once, under the first name."""
     return dict(sorted(model.named_parameters()))
 

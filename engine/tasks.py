@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from engine.config import DocumentsTask, JsonlTask, LogTask, ReasoningGymTask, Task
+from engine.config import AnyTask, DocumentsTask, JsonlTask, LogTask, PagesTask, ReasoningGymTask, Task
+from engine.documents.page_rows import PageRows, SyntheticRows
 from engine.documents.task_rows import DocumentRows
 from engine.fields import TaskError
 from engine.rows import JsonlRows, ReasoningGymRows, Row
 from engine.stored import LogRows, StoredGroup
 
-__all__ = ["LogSource", "Row", "Source", "StoredGroup", "TaskError", "held_out", "named_tasks", "prompt_tasks"]
+__all__ = [
+    "LogSource",
+    "Row",
+    "Source",
+    "StoredGroup",
+    "TaskError",
+    "held_out",
+    "named_tasks",
+    "page_tasks",
+    "prompt_tasks",
+]
 
 BLOCK = 1000
 """A mixture keeps its weights within each block of this many rows."""
@@ -26,18 +38,32 @@ BLOCK = 1000
 _EPOCHS, _MIXTURE, _HELD_OUT = range(3)
 
 
-def prompt_tasks(tasks: Sequence[Task | LogTask]) -> list[Task]:
-    """Those that have prompts of their own and can be scored: all but stored logs."""
-    return [task for task in tasks if not isinstance(task, LogTask)]
+T = TypeVar("T", bound=Task | PagesTask)
 
 
-def named_tasks(tasks: Sequence[Task | LogTask]) -> dict[str, Task]:
+def prompt_tasks(tasks: Sequence[AnyTask]) -> list[Task]:
+    """Those that have prompts of their own and can be scored: all but stored logs, and pages to be read."""
+    return [task for task in tasks if not isinstance(task, LogTask | PagesTask)]
+
+
+def page_tasks(tasks: Sequence[AnyTask]) -> list[PagesTask]:
+    """Those whose pages UTel reads."""
+    return [task for task in tasks if isinstance(task, PagesTask)]
+
+
+def named_tasks(tasks: Sequence[AnyTask]) -> dict[str, Task]:
     """The tasks that can be scored by the name that rows and grade requests carry: the data set's or the file's, numbered
     where it repeats."""
-    named: dict[str, Task] = {}
-    for task in prompt_tasks(tasks):
-        name = task.dataset if isinstance(task, ReasoningGymTask) else Path(task.path).name.removesuffix(".gz")
-        name = name.removesuffix(".jsonl")
+    return _named(prompt_tasks(tasks))
+
+
+def _named(tasks: Sequence[T]) -> dict[str, T]:
+    named: dict[str, T] = {}
+    for task in tasks:
+        if isinstance(task, ReasoningGymTask):
+            name = task.dataset
+        else:
+            name = "synthetic" if task.path is None else Path(task.path).name.removesuffix(".gz").removesuffix(".jsonl")
         count = 1 + sum(known.rpartition("#")[0] == name or known == name for known in named)
         named[name if count == 1 else f"{name}#{count}"] = task
     return named
@@ -93,11 +119,11 @@ class Source:
     """Training rows by index, without end, in the order of `Order`. Prompts in any task's held-out pool are left out of
     all tasks."""
 
-    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+    def __init__(self, tasks: Sequence[Task] | Sequence[PagesTask], seed: int) -> None:
         """Reads the files. Raises `TaskError` for a row, a data set or weights that cannot be used."""
         if not tasks:
             raise TaskError("tasks: got none, expected at least one")
-        self._rows = [_open(task, name) for name, task in named_tasks(tasks).items()]
+        self._rows = [_open(task, name) for name, task in _named(tasks).items()]
         self._pools = _distinct_pools(self._rows)
         keys = frozenset(row.key for pool in self._pools for row in pool)
         for rows in self._rows:
@@ -135,7 +161,7 @@ class Source:
 class LogSource:
     """Stored groups by index, without end, in the order of `Order`; the logs are read as they are asked for."""
 
-    def __init__(self, tasks: Sequence[Task | LogTask], seed: int, *, without: frozenset[str] = frozenset()) -> None:
+    def __init__(self, tasks: Sequence[AnyTask], seed: int, *, without: frozenset[str] = frozenset()) -> None:
         """Finds what the logs have; `without` are prompts' texts that are never drawn. Raises `TaskError`."""
         logs = [task for task in tasks if isinstance(task, LogTask)]
         self.tables = [LogRows(task, without=without) for task in logs]
@@ -156,11 +182,15 @@ def held_out(tasks: Sequence[Task], n: int, seed: int) -> list[Row]:
     return Source(tasks, seed).held_out(n)
 
 
-Table = JsonlRows | ReasoningGymRows | DocumentRows
+Table = JsonlRows | ReasoningGymRows | DocumentRows | PageRows | SyntheticRows
 
 
-def _open(task: Task, name: str) -> Table:
+def _open(task: Task | PagesTask, name: str) -> Table:
     match task:
+        case PagesTask(path=None):
+            return SyntheticRows(task, name)
+        case PagesTask():
+            return PageRows(task, name)
         case JsonlTask():
             return JsonlRows(task, name)
         case DocumentsTask():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -46,7 +46,7 @@ class TrainedModel:
     def __init__(
         self,
         name: str,
-        model: PreTrainedModel,
+        model: nn.Module,
         settings: LearnerConfig | CriticConfig,
         *,
         ranks: Ranks,
@@ -55,7 +55,7 @@ class TrainedModel:
     ) -> None:
         self.name, self.model, self.settings, self.ranks, self.bucket_bytes = name, model, settings, ranks, bucket_bytes
         self.device = next(model.parameters()).device
-        if gradient_checkpointing:
+        if gradient_checkpointing and isinstance(model, PreTrainedModel):
             _checkpoint_layers(model)
         self.optimizer = Optimizer(
             named_weights(model), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay

@@ -19,12 +19,11 @@ from engine.config import (
     DapoObjective,
     LengthAdaptive,
     LogTask,
-    NewModel,
     PathModel,
     PpoObjective,
     SftObjective,
 )
-from engine.tasks import named_tasks
+from engine.tasks import named_tasks, page_tasks
 from workers import contradictions, remarks
 from workers.contradictions_critic import missing_critic
 from workers.memory import Memory, memory
@@ -72,6 +71,8 @@ def problems(config: Config) -> list[str]:
 def notes(config: Config) -> list[str]:
     """What is allowed and perhaps not meant, and what this machine lacks."""
     found = remarks.notes(config)
+    if config.reads_pages:
+        return found
     missing = contradictions.missing_model(config)
     if missing is not None:
         found.append(f"{missing}; here its memory and context cannot be checked, and the run would be refused")
@@ -98,6 +99,8 @@ def refuse(config: Config) -> None:
 
 def effective(config: Config) -> list[Section]:
     """What the run will do, for a config without contradictions. Memory is left out where the model is not here."""
+    if config.reads_pages:
+        return [_pages(config), _whole(config)]
     sections = [_run(config), _step(config), _pace(config), _whole(config)]
     if contradictions.missing_model(config) is None:
         sections.append(_memory(memory(config, model_shape(config))))
@@ -110,7 +113,7 @@ def effective(config: Config) -> list[Section]:
 def _run(config: Config) -> Section:
     model = starting_model(config)
     shape = model_shape(config) if contradictions.missing_model(config) is None else None
-    name = "new" if isinstance(model, NewModel) else model.path
+    name = model.path if isinstance(model, PathModel) else "new"
     named, logs = named_tasks(config.tasks), [task for task in config.tasks if isinstance(task, LogTask)]
     weights = sum(task.weight for task in logs or named.values())
     tasks = [f"log {task.path} ({task.weight / weights:.0%})" for task in logs]
@@ -127,6 +130,21 @@ def _run(config: Config) -> Section:
         lines.append(("critic", _critic(config.critic)))
     if config.cold_start:
         lines.append(("cold start", config.cold_start))
+    return Section("Run", lines)
+
+
+def _pages(config: Config) -> Section:
+    tasks = ", ".join(task.path or f"{task.synthetic:,} synthetic pages" for task in page_tasks(config.tasks))
+    step = f"{config.buffer.groups_per_step} pages, {config.learner.updates_per_step} updates, {config.learner.ranks} ranks"
+    lines = [
+        ("name", f"{config.name}, in {config.run_dir}"),
+        ("model", f"UTel, starting from {config.cold_start or getattr(config.model, 'path', None) or 'fresh weights'}"),
+        ("pages", tasks),
+        ("objective", str(config.objective.__struct_config__.tag)),
+        ("a step", f"{step}, micro-batches of at most {config.learner.token_budget:,} sub-tokens"),
+    ]
+    if config.eval.prompts:
+        lines.append(("held out", f"{config.eval.prompts} pages, every {config.eval.every or config.steps} steps"))
     return Section("Run", lines)
 
 

@@ -111,13 +111,19 @@ def learner(config: ConfigPath, join: Join = None, set: Overrides = None) -> Non
 @app.command()
 def model(config: ConfigPath, set: Overrides = None) -> None:
     """Make the folder of a config's new model (launch does this by itself)."""
-    from engine.config import NewModel
-    from engine.models import create_model
+    from engine.config import NewModel, UtelModel
 
     loaded = load_config(config, set)
-    if not isinstance(loaded.model, NewModel):
-        raise ConfigError(f'{config}: model.type: got "path", expected "new"')
-    create_model(loaded.model, loaded.run_dir / "model", loaded.seed)
+    if isinstance(loaded.model, UtelModel):
+        from engine.utel.start import create_utel
+
+        create_utel(loaded, loaded.run_dir / "model")
+    elif isinstance(loaded.model, NewModel):
+        from engine.models import create_model
+
+        create_model(loaded.model, loaded.run_dir / "model", loaded.seed)
+    else:
+        raise ConfigError(f'{config}: model.type: got "path", expected "new" or "utel"')
 
 
 @app.command()

@@ -28,11 +28,16 @@ from engine.config import (
 from engine.tasks import named_tasks
 from workers.contradictions_critic import critic
 from workers.contradictions_offline import offline
+from workers.contradictions_pages import pages
 from workers.model_shape import ModelShape, model_shape, starting_model
 
 
 def errors(config: Config) -> list[str]:
     """Every contradiction in the config, in the order of its sections."""
+    if config.reads_pages:
+        return [*_ranges(config), *_run(config), *pages(config)]
+    if wrong := list(pages(config)):
+        return wrong
     found = [*_ranges(config), *_run(config), *_tasks(config), *_buffer(config), *_lengths(config), *offline(config)]
     found += critic(config)
     if not isinstance(config.objective, SftObjective):

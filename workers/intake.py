@@ -10,9 +10,10 @@ import numpy as np
 from msgspec import Struct
 
 from engine.config import Config, ConfigError, SftObjective, policy_folder
+from engine.documents.page_rows import PageText
 from engine.rows import prompt_text
 from engine.stored import StoredGroup, check_vocabulary
-from engine.tasks import LogSource, Row, Source, prompt_tasks
+from engine.tasks import LogSource, Row, Source, page_tasks, prompt_tasks
 from engine.text import TextModel
 from protocols import messages as m
 from protocols.log import GroupRow, Kind
@@ -37,10 +38,10 @@ class Intake:
     def __init__(self, config: Config) -> None:
         """Reads the data. Raises `TaskError` or `ConfigError` for a file or a row that cannot be used."""
         self.config = config
-        self.text = TextModel.load(policy_folder(config))
-        solutions = isinstance(config.objective, SftObjective)
+        self.text = PageText() if config.reads_pages else TextModel.load(policy_folder(config))
+        solutions = config.reads_pages or isinstance(config.objective, SftObjective)
         self.kind: Kind = "ready" if solutions or config.offline else "train"
-        prompts = prompt_tasks(config.tasks)
+        prompts = page_tasks(config.tasks) if config.reads_pages else prompt_tasks(config.tasks)
         self.source = Source(prompts, config.seed) if prompts or not config.offline else None
         self.logs = self._open_logs() if config.offline else None
         self.cursor = 0
@@ -124,7 +125,7 @@ class Intake:
         )
         logs = LogSource(self.config.tasks, self.config.seed, without=held_out)
         for table in logs.tables:
-            table.check(self.text, self.vocabulary)
+            table.check(TextModel.load(policy_folder(self.config)), self.vocabulary)
         return logs
 
     def _prompt(self, row: Row) -> np.ndarray | None:

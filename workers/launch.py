@@ -11,7 +11,7 @@ import sys
 import time
 from types import FrameType
 
-from engine.config import Config, ConfigError, NewModel, load_config
+from engine.config import Config, ConfigError, NewModel, UtelModel, load_config
 from workers.check import refuse
 from workers.crew import Crew
 from workers.keys import provide_keys
@@ -136,7 +136,8 @@ class Launch:
     def _make_model(self) -> None:
         """The folder of a model with fresh weights; made in a process of its own, so that this one needs no torch."""
         folder = self.config.run_dir / "model"
-        if not isinstance(self.config.model, NewModel) or self.config.cold_start:
+        fresh = isinstance(self.config.model, NewModel) and not self.config.cold_start
+        if not fresh and not isinstance(self.config.model, UtelModel):
             return
         if folder.exists() and log_path(self.config).exists():
             return

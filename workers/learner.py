@@ -130,6 +130,9 @@ class Learner:
             metrics["publish_s"], self.published_s = spent - self.published_s, spent
             if sends_changes(self.config.learner) and self.publisher.counters["published"] > 1:
                 metrics["published_changed"] = self.publisher.counters["changed"]  # by the step before this one
+        if figures := self.trainer.evaluate(plan.step):
+            metrics |= figures
+            print(f"learner: step {plan.step}: {_listed(figures)}", file=sys.stderr, flush=True)
         last = plan.step == self.config.steps
         if last:  # before the commit that ends the run: a run that is complete has its last checkpoint
             self.trainer.save(trained)
@@ -209,6 +212,10 @@ class Learner:
         if self.publisher is not None and self.client.welcome is not self.announced_to:
             self.announced_to = self.client.welcome
             self.client.send(m.Announce(*self.publisher.address, self.token))
+
+
+def _listed(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
 
 
 def sends_changes(config: LearnerConfig) -> bool:

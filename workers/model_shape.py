@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from engine.characters import SPECIAL
-from engine.config import Config, ConfigError, NewModel, PathModel, load_config
+from engine.config import Config, ConfigError, NewModel, PathModel, UtelModel, load_config
 
 BYTES = {"float32": 4, "bfloat16": 2}
 QKV_BIAS = {"qwen2"}
@@ -63,10 +63,12 @@ def model_shape(config: Config) -> ModelShape:
             context=model.context,
             tied=True,
         )
+    if isinstance(model, UtelModel):
+        raise ConfigError("model: a UTel is no decoder")
     return _read(Path(model.path))
 
 
-def starting_model(config: Config) -> PathModel | NewModel:
+def starting_model(config: Config) -> PathModel | NewModel | UtelModel:
     """The model that step 0 starts from; a cold start's own where there is one. Raises `ConfigError`."""
     seen = set()
     while config.cold_start:

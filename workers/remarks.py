@@ -20,6 +20,8 @@ HEARTBEATS = 3
 
 def notes(config: Config) -> list[str]:
     """What is allowed and perhaps not meant."""
+    if config.reads_pages:
+        return []
     found = [*_idle_settings(config), *_splits(config)]
     if config.generator is not None and config.generates:
         found += [*_sampling(config, config.generator), *_capacity(config, config.generator)]

@@ -35,7 +35,7 @@ def trained(config: Config) -> bool:
 def complete(config: Config) -> bool:
     """Whether a run has its last step, its last evaluation and its last checkpoint."""
     history = read_metrics(config.run_dir)
-    evaluated = config.eval.prompts == 0 or isinstance(config.objective, SftObjective)
+    evaluated = config.eval.prompts == 0 or config.reads_pages or isinstance(config.objective, SftObjective)
     evaluated = evaluated or any(row["eval_step"] == config.steps for row in history.evals)
     return any(row["step"] == config.steps for row in history.steps) and evaluated and trained(config)
 

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.checkpoint import (
@@ -30,9 +30,11 @@ from engine.checkpoint import (
 )
 from engine.config import Config, ConfigError, PpoObjective, dump_config, policy_folder
 from engine.critic import load_critic
+from engine.learn_pages import PageLearner
 from engine.learn_torch import TorchLearner
 from engine.models import load_model, named_weights
 from engine.packing import assign
+from engine.trained_model import Ranks
 from engine.weights import fingerprints, weights_hash
 from protocols import messages as m
 from workers.provenance import code_version
@@ -77,9 +79,16 @@ class Trainer:
         self.config, self.feed, self.rank, self.world = config, feed, rank, world
         self.checkpoints = config.run_dir / "checkpoints"
         self.folder = folder or policy_folder(config)
-        self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
-        self.critic = self._load_critic(device) if isinstance(config.objective, PpoObjective) else None
+        self.critic: PreTrainedModel | None = None
         group = dist.group.WORLD if world > 1 else None
+        self.learner: TorchLearner | PageLearner
+        if config.reads_pages:
+            self.learner = PageLearner(config, self.folder, device=device, ranks=Ranks(rank, world, group))
+            self.model = self.learner.model
+            return
+        self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
+        if isinstance(config.objective, PpoObjective):
+            self.critic = self._load_critic(device)
         self.learner = TorchLearner(config, self.model, critic=self.critic, rank=rank, world=world, process_group=group)
 
     def resume(self, until: int) -> int:
@@ -130,6 +139,12 @@ class Trainer:
         commit = m.StepCommit(plan.step, digest, code_version(), started_at, finished_at, metrics, everything)
         return Trained(plan, commit, policy)
 
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Figures of held-out pages, where pages are read and it is time for them."""
+        every, config = self.config.eval.every, self.config
+        due = step == config.steps or (every and step % every == 0)
+        return self.learner.evaluate() if due and isinstance(self.learner, PageLearner) else {}
+
     def save(self, trained: Trained) -> None:
         """Writes the step's checkpoint and removes old ones."""
         step = trained.plan.step
@@ -172,7 +187,7 @@ class Trainer:
             )
 
 
-def _copy_into(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def _copy_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in named_weights(model).items():
             parameter.copy_(weights[name])

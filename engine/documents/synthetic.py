@@ -57,12 +57,22 @@ def synthesize(
     random.Random(f"{split}/{seed}").shuffle(kinds)
     sheets: list[Sheet] = []
     for index, twin in enumerate(kinds):
-        name = f"{split}-{seed}-{index:06d}"
+        name = _name(split, seed, index)
         sheets += _twins(split, name) if twin else [_sheet(split, name)]
         if len(sheets) >= _BATCH or index + 1 == len(kinds):
             for sheet, page in zip(sheets, read_back(sheets), strict=True):
                 yield add_noise(page, noise, f"{seed}/{_pair(sheet)}")
             sheets = []
+
+
+def synthetic_page(split: Split, index: int, *, seed: int = 0, noise: Noise = CLEAN) -> Page:
+    """The page at `index` of `synthesize` without twins, by itself."""
+    sheet = _sheet(split, _name(split, seed, index))
+    return add_noise(read_back([sheet])[0], noise, f"{seed}/{_pair(sheet)}")
+
+
+def _name(split: Split, seed: int, index: int) -> str:
+    return f"{split}-{seed}-{index:06d}"
 
 
 def _sheet(split: Split, name: str) -> Sheet:

@@ -26,6 +26,7 @@ def make_objective(config: Config) -> Objective:
             return Sft()
         case CollectObjective():
             return Collect()
+    raise ValueError(f"objective {config.objective.__struct_config__.tag}: got one of UTel's, expected a policy's")
 
 
 def make_pretraining(config: Config) -> Objective:

@@ -1,0 +1,128 @@
+"""Pages as rows of the log, and back: a page travels as the UTF-8 of its JSON, its tags as the response to it. No torch here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from engine.config_pages import PagesTask
+from engine.documents.page import Box, Page
+from engine.documents.split import split_by_company
+from engine.documents.task_rows import read_documents
+from engine.fields import TaskError
+from engine.rows import Prompt, Row, prompt_id, prompt_text
+
+HIDDEN: Box = (0, 0, 0, 0)
+END = 0
+"""The token after a response; no text has this byte."""
+
+
+class ReadPage(Struct, frozen=True):
+    """What the model sees of a page."""
+
+    id: str
+    words: list[str]
+    boxes: list[Box]
+
+
+class PageText:
+    """In place of a tokenizer: the tokens are bytes, so that the log needs no other column for pages."""
+
+    eos = END
+
+    def encode_prompt(self, prompt: Prompt, *, chat: bool) -> np.ndarray:
+        """int32 [bytes]"""
+        return self.encode(prompt_text(prompt))
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def page_of(prompt: np.ndarray) -> ReadPage:
+    """The page of a group's prompt. Raises `TaskError` for anything else."""
+    try:
+        return msgspec.json.decode(prompt.astype(np.uint8).tobytes(), type=ReadPage)
+    except msgspec.DecodeError as error:
+        raise TaskError(f"a group's prompt is no page: {error}; expected the log of a run that reads pages") from error
+
+
+def tags_in(response: np.ndarray) -> list[str] | None:
+    """The BIO tags of a group's response, one a word; None where the page has none. Raises `TaskError`."""
+    data = response[response != END].astype(np.uint8).tobytes()
+    try:
+        return msgspec.json.decode(data, type=list[str]) if data else None
+    except msgspec.DecodeError as error:
+        raise TaskError(f"a group's response is no list of tags: {error}") from error
+
+
+class PageRows:
+    """The pages of a file or a folder that have words; the held-out pool is a function of the pages alone."""
+
+    def __init__(self, task: PagesTask, name: str) -> None:
+        """Reads them. Raises `TaskError` for what cannot be read, and when there is no page with words."""
+        self.name, self.boxes, self.where = name, task.boxes, str(task.path)
+        pages = [page for page in read_documents(Path(self.where)) if page.words]
+        if not pages:
+            raise TaskError(f"{task.path}: got no page with words, expected at least one")
+        train, held_out = split_by_company(pages, min(1.0, task.held_out / len(pages)))
+        self._rows, self.pool = list(self._distinct(train)), list(self._distinct(held_out))
+
+    def exclude(self, keys: frozenset[str]) -> None:
+        """Training rows no longer hold these pages. Raises `TaskError` when nothing is left."""
+        self._rows = [row for row in self._rows if row.key not in keys]
+        if not self._rows:
+            raise TaskError(f"{self.where}: each of its pages is held out; none is left to train")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+    def _distinct(self, pages: Iterable[Page]) -> Iterable[Row]:
+        rows = (page_row(page, self.name, self.boxes, f"{self.where}: page {page.id}") for page in pages)
+        return {row.key: row for row in rows}.values()
+
+
+class SyntheticRows:
+    """Pages that are drawn when they are asked for. What is held out has other values, and templates of its own."""
+
+    def __init__(self, task: PagesTask, name: str) -> None:
+        from engine.documents.synthetic import synthetic_page  # needs the extra `documents`
+
+        self.task, self.name, self._draw = task, name, synthetic_page
+        self.pool = [self._row("test", index) for index in range(task.held_out)]
+
+    def exclude(self, keys: frozenset[str]) -> None:
+        """Nothing to do: values and templates of the two sides differ."""
+
+    def __len__(self) -> int:
+        return self.task.synthetic
+
+    def __getitem__(self, index: int) -> Row:
+        return self._row("train", index)
+
+    def _row(self, split: Literal["train", "test"], index: int) -> Row:
+        page = self._draw(split, index, seed=self.task.seed)
+        return page_row(page, self.name, self.task.boxes, f"{self.name}: page {page.id}")
+
+
+def page_row(page: Page, task: str, boxes: str, where: str) -> Row:
+    """The prompt is the page as the model is to see it, the solution its tags ("" without any)."""
+    seen = list(page.boxes)
+    if boxes == "hidden":
+        seen = [HIDDEN] * len(seen)
+    elif boxes == "shuffled":
+        random.Random(page.id).shuffle(seen)
+    prompt = msgspec.json.encode(ReadPage(page.id, page.words, seen)).decode()
+    solution = "" if page.tags is None else msgspec.json.encode(page.tags).decode()
+    return Row(
+        index=0, prompt_id=prompt_id(task, prompt), task=task, prompt=prompt, answer=msgspec.json.encode(page.fields).decode(),
+        solution=solution, chat=False, where=where,
+    )  # fmt: skip

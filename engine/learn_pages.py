@@ -1,0 +1,172 @@
+"""The learner of UTel: the same steps, ranks and optimizer as `engine.learn_torch`, on pages instead of rollouts.
+
+An update's loss is that of all its pages, whatever their split: micro-batches add up, ranks are summed at the end, and the
+denominators were counted over all ranks before. What a page is asked is a function of (seed, step, page), and dropout of
+(seed, step, update, rank), so a step that is trained again comes to the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from engine.config import Config, ConfigError, UtelObjective, UtelTagObjective
+from engine.documents.fields import FieldScore, compare, total
+from engine.documents.page_rows import PageText, ReadPage, page_of, tags_in
+from engine.level_off import Pretraining as ValuePretraining
+from engine.rows import Row
+from engine.tasks import Source, page_tasks
+from engine.trained_model import Ranks, TrainedModel
+from engine.utel.encode import EncodedPage, encode_page
+from engine.utel.folder import fill, load_utel, read_weights
+from engine.utel.pretraining.checks import leak_checks
+from engine.utel.pretraining.heads import UtelPretraining
+from engine.utel.pretraining.objective import Pretraining
+from engine.utel.tagging import Tagging, UtelTagger, load_tagger, predict_tags
+from engine.utel.wordpiece import load_wordpiece
+from protocols.messages import Batch
+
+
+class PageLearner:
+    """Trains the UTel in `folder`. The same interface towards the trainer as `TorchLearner`."""
+
+    critic = None
+
+    def __init__(self, config: Config, folder: Path, *, device: str, ranks: Ranks) -> None:
+        """Raises `ConfigError` for a folder that is not of this objective."""
+        self.config, self.settings, self.ranks, self.device = config, config.learner, ranks, torch.device(device)
+        self.pieces = load_wordpiece(folder)
+        self.pretraining = ValuePretraining(None)
+        self.objective: Pretraining | Tagging
+        match config.objective:
+            case UtelObjective() as objective:
+                self.objective = Pretraining(objective, self.pieces)
+                self.model: nn.Module = UtelPretraining(load_utel(folder), objective)
+                fill(self.model, read_weights(folder), folder)
+            case UtelTagObjective(length=length):
+                tagger = load_tagger(folder)
+                self.model, self.objective = tagger, Tagging(tagger.labels, self.pieces, length=length)
+            case _:
+                raise ConfigError(f'{config.source}: objective.type: expected "utel" or "utel-tag"')
+        self.model.to(self.device).train()
+        self.trained = TrainedModel(
+            "UTel",
+            self.model,
+            config.learner,
+            ranks=ranks,
+            bucket_bytes=config.learner.bucket_mb << 20,
+            gradient_checkpointing=False,
+        )
+
+    def step(self, step: int, updates: list[Batch]) -> dict[str, float]:
+        """Train step `step` (from 1) on this rank's share of each of its updates; its metrics, the same on every rank. Raises
+        `NonFiniteError` before anything not finite reaches the weights."""
+        totals = {name: np.zeros(length) for name, length in self.objective.sums.items()}
+        rate = self.trained.rate(step)
+        losses, norms, pages = [], [], 0
+        for index, batch in enumerate(updates):
+            pages += len(batch.sizes)
+            self._seed(step, index)
+            prepared = self._prepare(batch, step)
+            _add(totals, getattr(prepared, "sums", {}))
+            denominators = self._over_ranks(prepared.counts)
+            loss = self.trained.gradient(self._losses(prepared, denominators, totals))
+            norm = self.trained.norm(loss, f"step {step}, update {index + 1} of {len(updates)}")
+            self.trained.step(rate, norm)
+            losses.append(loss)
+            norms.append(norm)
+        ends = np.cumsum([len(values) for values in totals.values()])[:-1]
+        summed = self.ranks.sum(np.concatenate([*totals.values(), [float(pages)]]), self.device)
+        totals = dict(zip(totals, np.split(summed[:-1], ends), strict=True))
+        mean_loss, mean_norm = (sum(values) / max(1, len(values)) for values in (losses, norms))
+        common = {"updates": float(len(losses)), "loss": mean_loss, "grad_norm": mean_norm, "lr": rate}
+        return common | {"pages": float(summed[-1])} | self.objective.metrics(totals)
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures of `eval.prompts` held-out pages, by names that begin with "held_out_"; nothing when there are none."""
+        rows = Source(page_tasks(self.config.tasks), self.config.seed).held_out(self.config.eval.prompts)
+        if not rows:
+            return {}
+        text = PageText()
+        found = [page_of(text.encode_prompt(row.prompt, chat=False)) for row in rows]
+        encoded, budget = [self._encode(page) for page in found], self.settings.token_budget
+        if isinstance(self.objective, Pretraining) and isinstance(self.model, UtelPretraining):
+            figures = leak_checks(self.objective, self.model, encoded, seed=self.config.seed, token_budget=budget)
+        elif isinstance(self.model, UtelTagger) and isinstance(self.objective, Tagging):
+            length = self.objective.length
+            tags = predict_tags(
+                self.model, self.pieces, encoded, length=length, overlap=length // 4, token_budget=budget
+            )
+            figures = tag_figures(rows, found, tags)
+        return {f"held_out_{name}": value for name, value in figures.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The live tensors by name, for a checkpoint."""
+        return self.trained.optimizer.state()
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `optimizer_state()` of an equal model. Raises ValueError for tensors that do not fit."""
+        self.trained.optimizer.load_state(state)
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: Batch, step: int) -> Any:
+        prompts = np.split(batch.prompts, np.cumsum(batch.prompt_lengths)[:-1]) if len(batch.prompt_lengths) else []
+        pages = [self._encode(page_of(prompt)) for prompt in prompts]
+        if isinstance(self.objective, Pretraining):
+            return self.objective.prepare(pages, step=step, seed=self.config.seed)
+        responses = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]) if len(batch.lengths) else []
+        tags = [tags_in(response) for response in responses]
+        tagged = [(page, own) for page, own in zip(pages, tags, strict=True) if own is not None]
+        return self.objective.prepare([page for page, _ in tagged], [own for _, own in tagged])
+
+    def _losses(
+        self, prepared: Any, denominators: Mapping[str, float], totals: dict[str, np.ndarray]
+    ) -> Iterator[Tensor]:
+        objective: Any = self.objective  # two classes of one shape
+        batches = objective.micro_batches(prepared, token_budget=self.settings.token_budget, device=self.device)
+        for batch in batches:
+            loss, sums = objective.loss(self.model, batch, denominators)
+            yield loss
+            _add(totals, {name: value.double().cpu().numpy() for name, value in sums.items()})
+
+    def _over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
+        summed = self.ranks.sum(np.array(list(counts.values())), self.device)
+        return {name: max(float(value), 1.0) for name, value in zip(counts, summed, strict=True)}
+
+    def _seed(self, step: int, update: int) -> None:
+        key = f"{self.config.seed} {step} {update} {self.ranks.rank}"
+        torch.manual_seed(xxhash.xxh3_64_intdigest(key.encode()) >> 1)
+
+    def _encode(self, page: ReadPage) -> EncodedPage:
+        return encode_page(self.pieces, page.words, page.boxes, id=page.id)
+
+
+def tag_figures(rows: Sequence[Row], pages: Sequence[ReadPage], predicted: Sequence[list[str]]) -> dict[str, float]:
+    """Of held-out pages with tags: entity F1 (seqeval's default and strict readings, and by type), and the F1 of the fields
+    that the tags give, in their normal forms, against the pages' labels."""
+    from engine.documents.entities import fields_from_tags, score_tags  # needs the extra `documents`
+
+    gold = [tags_in(PageText().encode(row.solution or "")) for row in rows]
+    tagged = [place for place, tags in enumerate(gold) if tags is not None]
+    scores = score_tags([gold[place] or [] for place in tagged], [predicted[place] for place in tagged])
+    figures = {"f1": scores.default.micro.f1, "f1_strict": scores.strict.micro.f1}
+    figures |= {f"f1_{name}": score.f1 for name, score in scores.default.types.items()}
+    fields: dict[str, FieldScore] = {}
+    for row, page, tags in zip(rows, pages, predicted, strict=True):
+        for name, score in compare(fields_from_tags(page.words, tags), msgspec.json.decode(row.answer)).items():
+            fields[name] = fields.get(name, FieldScore()) + score
+    figures["fields_f1"] = total(fields.values()).f1
+    return figures | {f"fields_f1_{name}": score.f1 for name, score in fields.items()}
+
+
+def _add(totals: dict[str, np.ndarray], more: Mapping[str, np.ndarray]) -> None:
+    for name, values in more.items():
+        totals[name] += values

@@ -1,0 +1,50 @@
+"""What cannot be right in a config of a UTel that reads pages. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from engine.config import Config, PagesTask, UtelModel, UtelTagObjective
+
+
+def pages(config: Config) -> Iterator[str]:
+    """Contradictions between model, objective and tasks; none where nothing of it is UTel's."""
+    strangers = [index for index, task in enumerate(config.tasks) if isinstance(task, PagesTask) != config.reads_pages]
+    tag = config.objective.__struct_config__.tag
+    if isinstance(config.model, UtelModel) != config.reads_pages:
+        wanted = '"utel"' if config.reads_pages else '"path" or "new"'
+        yield f"model.type: got {config.model.__struct_config__.tag!r}, expected {wanted} with objective.type = {tag!r}"
+    if strangers:
+        wanted = '"pages"' if config.reads_pages else 'not "pages"'
+        got = config.tasks[strangers[0]].__struct_config__.tag
+        yield f"tasks.{strangers[0]}.type: got {got!r}, expected {wanted} with objective.type = {tag!r}"
+    if not config.reads_pages or not isinstance(config.model, UtelModel):
+        return
+    yield from _settings(config, config.model)
+
+
+def _settings(config: Config, model: UtelModel) -> Iterator[str]:
+    for key, given in (("generator", config.generator), ("critic", config.critic)):
+        if given is not None:
+            yield f"[{key}]: a UTel run has none"
+    if config.learner.dtype != "float32" or config.learner.gradient_checkpointing:
+        yield 'learner: got dtype or gradient_checkpointing that UTel does not have, expected "float32" and false'
+    try:
+        model.shape(max(model.vocabulary, 1))
+    except ValueError as error:
+        yield f"model: {error}"
+    if not config.tasks:
+        yield "tasks: got none, expected at least one"
+    found = [task for task in config.tasks if isinstance(task, PagesTask)]
+    for index, task in enumerate(found):
+        if not 0 < task.weight < math.inf:
+            yield f"tasks.{index}: weight: got {task.weight}, expected a positive number"
+        if task.held_out < 0 or task.synthetic < 1:
+            yield f"tasks.{index}: got held_out {task.held_out}, synthetic {task.synthetic}, expected at least 0 and 1"
+    if config.eval.prompts and not any(task.held_out for task in found):
+        yield f"eval.prompts = {config.eval.prompts}, but no task holds pages out (held_out)"
+    if isinstance(config.objective, UtelTagObjective) and not config.objective.fields:
+        yield "objective.fields: got none, expected the entity types to tag"
+    if isinstance(config.objective, UtelTagObjective) and config.objective.length < 3:
+        yield f"objective.length: got {config.objective.length}, expected at least 3"
