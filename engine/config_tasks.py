@@ -84,7 +84,8 @@ class DocumentsTask(Section, frozen=True, tag="documents"):
 
     `fields` are wanted of every page; none at all stands for those that the page is labelled with (FUNSD). About `held_out`
     pages are held out, whole companies, templates or PDF files. The prompt is `question`, where `{fields}` stands for the
-    names (None: a full one), and the page's rows, with the places of their texts if `positions`: of at most the first
+    names (None: a full one), and the page's rows after it or where it says `{page}`, with the places of their texts if
+    `positions`: of at most the first
     `first_words` words (whole rows), then at most `max_characters` in all, for which the middle of the page gives way.
     """
 

@@ -54,6 +54,10 @@ def test_the_prompts_limits(tmp_path: Path) -> None:
     [row] = rows_of(tmp_path / "r.jsonl", question="{fields}?\n", positions=False, max_characters=60)
     assert len(row.prompt) <= 60
     assert "rows left out]" in row.prompt
+    [row] = rows_of(
+        tmp_path / "r.jsonl", question="Look:\n{page}\n{fields}: ", positions=False, first_words=4, fields=["date"]
+    )
+    assert row.prompt == "Look:\nACORN SUPPLY SDN BHD\ndate: "
     with pytest.raises(TaskError, match="page R0: max_characters: got 9, expected at least"):
         rows_of(tmp_path / "r.jsonl", max_characters=9)
 

@@ -7,12 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.documents.page import Page
 from engine.documents.tags import Span, spans
-from engine.utel.decoding import best_fields, entities, likeliest, log_probabilities
+from engine.utel.decoding import best_fields, entities, likeliest, line_edges, log_probabilities
 from engine.utel.tagging import make_labels, to_labels, to_tags
 
 BIES, BIO = make_labels(["date", "total"]), make_labels(["date", "total"], "BIO")
 WORDS = ["SHOP", "01/02/2018", "TOTAL", "7.50", "CASH", "10.00", "PAID", "7.50"]
+
+
+def page_of(words: list[str], lines: list[int] | None = None) -> Page:
+    """`lines` numbers each word's line; by itself every word is one."""
+    numbers = lines or list(range(len(words)))
+    boxes = [(10 * place, 20 * line, 10 * place + 9, 20 * line + 9) for place, line in enumerate(numbers)]
+    return Page(id="p", words=words, boxes=boxes)
 
 
 def figures(labels: list[str], probabilities: list[dict[str, float]]) -> np.ndarray:
@@ -60,7 +68,7 @@ def test_equal_values_at_several_places_stand_by_each_other(labels: list[str]) -
     one = "S-total" if labels is BIES else "B-total"
     rows: list[dict[str, float]] = [{"O": 0.9} for _ in WORDS]
     rows[3], rows[5], rows[7] = {one: 0.3, "O": 0.4}, {one: 0.4, "O": 0.4}, {one: 0.3, "O": 0.4}
-    found = best_fields(WORDS, figures(labels, rows), labels, ["total", "address"])
+    found = best_fields(page_of(WORDS), figures(labels, rows), labels, ["total", "address"])
     assert set(found) == {"total"}
     assert (found["total"].value, found["total"].span) == ("7.50", Span("total", 3, 4))
     assert found["total"].confidence == pytest.approx(0.3, rel=1e-3)
@@ -69,16 +77,30 @@ def test_equal_values_at_several_places_stand_by_each_other(labels: list[str]) -
 def test_a_value_is_cut_out_of_its_words_and_nothing_likely_is_nothing_found() -> None:
     words = ["DATE:01/02/2018", "TOTAL:RM", "7.50"]
     rows = [{"S-date": 0.9}, {"B-total": 0.6, "O": 0.3}, {"E-total": 0.8}]
-    found = best_fields(words, figures(BIES, rows), BIES, ["date", "total"])
+    found = best_fields(page_of(words), figures(BIES, rows), BIES, ["date", "total"])
     assert {name: field.value for name, field in found.items()} == {"date": "01/02/2018", "total": "7.50"}
     nothing = figures(BIES, [{"O": 0.99} for _ in words])
-    assert best_fields(words, nothing, BIES, ["date", "total"]) == {}
-    assert best_fields([], nothing[:0], BIES, ["date", "total"]) == {}
+    assert best_fields(page_of(words), nothing, BIES, ["date", "total"]) == {}
+    assert best_fields(page_of([]), nothing[:0], BIES, ["date", "total"]) == {}
 
 
 def test_fields_agree_with_tags_that_are_certain() -> None:
     tags = ["O", "B-date", "O", "B-total", "O", "O", "O", "O"]
     logits = np.full((len(tags), len(BIES)), -10.0, dtype=np.float32)
     logits[np.arange(len(tags)), to_labels(tags, BIES)] = 10.0
-    found = best_fields(WORDS, logits, BIES, ["date", "total"])
+    found = best_fields(page_of(WORDS), logits, BIES, ["date", "total"])
     assert [field.span for field in found.values()] == spans(tags)
+
+
+def test_a_company_begins_where_a_line_does() -> None:
+    words = ["POPULAR", "BOOK", "CO", "LTD", "12", "ROAD"]
+    rows: list[dict[str, float]] = [
+        {"O": 0.55, "B-company": 0.3}, {"I-company": 0.4, "B-company": 0.5}, {"I-company": 0.9}, {"E-company": 0.9},
+        {"O": 0.9}, {"O": 0.9},
+    ]  # fmt: skip
+    labels = make_labels(["company"])
+    page = page_of(words, [0, 0, 0, 0, 1, 1])
+    assert line_edges(page.boxes).tolist() == [True, False, False, False, True, False, True]
+    assert best_fields(page, figures(labels, rows), labels, ["company"])["company"].value == "POPULAR BOOK CO LTD"
+    apart = page_of(words, [0, 1, 1, 1, 2, 2])
+    assert best_fields(apart, figures(labels, rows), labels, ["company"])["company"].value == "BOOK CO LTD"

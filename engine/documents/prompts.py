@@ -50,7 +50,8 @@ def extraction_prompt(
     first_words: int | None = None,
 ) -> str:
     """The whole prompt, of at most `max_characters`: the question (the full one, or `question` with the names in place of
-    "{fields}") and the page's rows, the first ones that hold at most `first_words` words (at least one row). Of a page that
+    "{fields}") and the page's rows after it, or in place of "{page}"; the first rows that hold at most `first_words` words
+    (at least one). Of a page that
     does not fit the first and last rows stay, in turn as far as they fit, and one line in the middle says how many were left
     out. Raises `ValueError` where not even the question fits."""
     asked = (_ASK if question is None else question).replace("{fields}", ", ".join(fields))
@@ -64,7 +65,8 @@ def extraction_prompt(
             f"max_characters: got {max_characters}, expected at least {len(asked) + len(_left_out(len(texts)))}, "
             f"which the question for {len(fields)} fields needs before any row of the page"
         )
-    return asked + "\n".join(_fitted(texts, room))
+    before, _, behind = asked.partition("{page}")
+    return before + "\n".join(_fitted(texts, room)) + behind
 
 
 def extraction_row(page: Page, fields: Sequence[str], *, max_characters: int) -> dict[str, Any]:

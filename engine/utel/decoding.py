@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from engine.documents.page import Box, Page
 from engine.documents.tags import Span, spans
 from engine.documents.values import normal, value_in
 from engine.utel.tagging import to_tags
@@ -17,6 +19,10 @@ READINGS = 40
 """Spans of a field that are weighed against each other, the likeliest ones."""
 LEAST = 0.05
 """A field whose span is less likely than this is not found."""
+EDGES = {"company": (5.5, 1.1), "address": (6.1, 5.0), "total": (1.5, 4.8)}
+"""What it costs a field's span to begin, and to end, inside a line of text, in nats: the log-odds of the labels of SROIE's
+receipts to begin (company 99.6 %, address 99.8 %, total 82 %) and end (75 %, 99.4 %, 99.2 %) where a line does. Dates do so by
+chance."""
 
 
 class Entity(NamedTuple):
@@ -86,26 +92,37 @@ def _grammar(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 # --- one value a field ---------------------------------------------------------------------------------------------
 
 
-def best_fields(
-    words: Sequence[str], logits: np.ndarray, labels: Sequence[str], types: Sequence[str], *, least: float = LEAST
-) -> dict[str, Field]:
-    """The value of each of `types` that the page holds with a confidence of at least `least`. Types that the labels lack
-    are not found."""
-    scores = log_probabilities(logits)
+def best_fields(page: Page, logits: np.ndarray, labels: Sequence[str], types: Sequence[str]) -> dict[str, Field]:
+    """The value of each of `types` that the page holds with a confidence of at least `LEAST`; `logits` [words, labels]. Types
+    that the labels lack are not found."""
+    scores, edges = log_probabilities(logits), line_edges(page.boxes)
     found = {}
     for type_ in types:
-        if f"B-{type_}" in labels and len(words):
-            field = _best_field(words, scores, labels, type_)
-            if field is not None and field.confidence >= least:
+        if f"B-{type_}" in labels and page.words:
+            field = _best_field(page.words, edges, scores, labels, type_)
+            if field is not None and field.confidence >= LEAST:
                 found[type_] = field
     return found
 
 
-def _best_field(words: Sequence[str], scores: np.ndarray, labels: Sequence[str], type_: str) -> Field | None:
-    """Spans are weighed by their odds: the probability of their labels over that of "O" at the same words. The odds of spans
-    that say the same value (a total stands at several places) add up, and the value with the highest sum wins."""
+def line_edges(boxes: Sequence[Box]) -> np.ndarray:
+    """bool [words + 1]: whether a line of text begins with the word, or ends before it. Words go on with a line when they are
+    exactly as high and further right."""
+    inner = [
+        (left[1], left[3]) == (right[1], right[3]) and left[0] <= right[0] for left, right in itertools.pairwise(boxes)
+    ]
+    return ~np.array([False, *inner, False])
+
+
+def _best_field(
+    words: Sequence[str], edges: np.ndarray, scores: np.ndarray, labels: Sequence[str], type_: str
+) -> Field | None:
+    """Spans are weighed by their odds: the probability of their labels over that of "O" at the same words, and what it costs
+    to break a line. The odds of spans that say the same value (a total stands at several places) add up, and the value with
+    the highest sum wins."""
     starts, lengths, inside, outside = _spans(scores, labels, type_)
-    odds = inside - outside
+    begin, end = EDGES.get(type_, (0.0, 0.0))
+    odds = inside - outside - begin * ~edges[starts] - end * ~edges[starts + lengths]
     weights: dict[str, float] = {}
     first: dict[str, tuple[int, str]] = {}
     order = np.argsort(-odds, kind="stable")[:READINGS]
