@@ -13,6 +13,7 @@ from msgspec import Struct
 from engine.config import Config, parse_config
 from protocols.log import LogReader
 from workers.measure_documents import DocumentFigures, document_figures
+from workers.measure_pages import PageFigures, page_figures
 
 PAGE_ROWS = 4096
 
@@ -73,6 +74,7 @@ class Report(Struct, frozen=True):
     overlap: Overlap | None
     roles: list[RoleTime]
     documents: list[DocumentFigures] = []
+    pages: list[PageFigures] = []
 
 
 def measure(log: LogReader) -> Report:
@@ -105,6 +107,7 @@ def measure(log: LogReader) -> Report:
         overlap=overlap(sampling_intervals(log), training_intervals(log)),
         roles=role_times(log, config),
         documents=document_figures(log),
+        pages=page_figures(log),
     )
 
 

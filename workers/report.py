@@ -15,6 +15,7 @@ from workers.curves import draw_curves
 from workers.lines import duration
 from workers.measure import Evaluation, Report, RoleTime, measure
 from workers.measure_documents import document_line
+from workers.measure_pages import page_line
 from workers.metrics import read_metrics
 
 
@@ -51,6 +52,8 @@ def closing_lines(found: Report) -> list[tuple[str, str]]:
             lines.append((f"held-out accuracy, step {after.step}", _accuracy(after) + change))
     for figures in found.documents[:1] + found.documents[1:][-1:]:
         lines.append((f"held-out documents, step {figures.step}", document_line(figures)))
+    for pages in found.pages[:1] + found.pages[1:][-1:]:
+        lines.append((f"held-out pages, step {pages.step}", page_line(pages)))
     for status in ("trained", "dropped", "failed", "waiting"):
         if found.groups.get(status):
             text = (

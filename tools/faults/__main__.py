@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -56,6 +58,7 @@ def main(
         recover_s=recover, limit_s=limit, pause_s=pause, stops_s=[float(text) for text in stops.split(",")],
     )  # fmt: skip
     console.print(f"chaos: {kills} faults and {power_cuts} power cuts, seed {seed}; runs in {settings.out}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended too
     result = Campaign(settings, lambda text: console.print(text, markup=False)).run()
     _print(result, console)
     if json_path is not None:
