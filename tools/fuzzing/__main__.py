@@ -47,7 +47,7 @@ def _print(name: str, found: Found) -> None:
     rate = found.messages / max(found.seconds, 1e-9)
     print(
         f"{name}: {found.messages:,} messages in {found.seconds:.0f} s ({rate:,.0f}/s), slowest "
-        f"{found.slowest_s * 1000:.0f} ms, memory grew by {found.growth_mib:.1f} MiB at most"
+        f"{found.slowest_s * 1000:.0f} ms of CPU time, memory grew by {found.growth_mib:.1f} MiB at most"
     )
     for outcome, count in sorted(found.outcomes.items(), key=lambda item: -item[1]):
         print(f"    {count:>9,}  {outcome}")

@@ -24,6 +24,7 @@ class Found:
     messages: int = 0
     seconds: float = 0.0
     slowest_s: float = 0.0
+    """CPU time of the message that took most."""
     growth_mib: float = 0.0
     """Peak resident memory after the warm-up, above what it was then."""
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -49,7 +50,7 @@ def fuzz_codec(malformed: int, seed: int) -> Found:
     refused, began = 0, time.perf_counter()
     while refused < malformed:
         frames = mutator.next()
-        before = time.perf_counter()
+        before = time.thread_time()  # not by the clock: a busy machine is not the codec's fault
         try:
             decode(frames)
             outcome = "valid all the same"
@@ -58,7 +59,7 @@ def fuzz_codec(malformed: int, seed: int) -> Found:
         except Exception as error:
             outcome = "violation"
             found.violations.append(f"codec: {error!r} for {[frame.hex() for frame in frames]}")
-        found.slowest_s = max(found.slowest_s, time.perf_counter() - before)
+        found.slowest_s = max(found.slowest_s, time.thread_time() - before)
         found.outcomes[outcome] += 1
         found.messages += 1
         if found.messages == WARM_UP:
@@ -69,5 +70,5 @@ def fuzz_codec(malformed: int, seed: int) -> Found:
             break
     found.seconds = time.perf_counter() - began
     if found.slowest_s > SLOW_S:
-        found.violations.append(f"codec: one message took {found.slowest_s:.2f} s")
+        found.violations.append(f"codec: one message took {found.slowest_s:.2f} s of CPU time")
     return found
