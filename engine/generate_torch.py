@@ -9,7 +9,7 @@ path of its own. A prompt's keys and values are computed once and kept until all
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from engine.config import TorchEngine
 from engine.generate_attention import PrefillAttention
 from engine.kv_slots import KvShape, Prefix, PromptTable
 from engine.models import hidden_states, output_weight
-from engine.responses import Job, Response, TicketRefused, check_ticket
+from engine.responses import Job, Response, TicketRefused
 from engine.running import Running
 from engine.sampling import draw, uniforms
+from engine.ticket_queue import TicketQueue
 from protocols.messages import HandBack, Held, Rollout, Ticket
 
 __all__ = ["TicketRefused", "TorchGenerator", "WeightsRefused"]
@@ -60,51 +61,38 @@ class TorchGenerator:
         self._decode_text, self._budget = decode, prefill_tokens
         self._stops = np.zeros(self.vocabulary, dtype=bool)
         self._stops[[token for token in stop_ids if token < self.vocabulary]] = True
-        self._jobs: list[Job] = []
+        self._tickets = TicketQueue(context=self.context, vocabulary=self.vocabulary, drop=self._drop)
 
     # --- tickets ---------------------------------------------------------------------------------------------------
 
     def add(self, ticket: Ticket) -> None:
         """Queue the ticket's samples. Those in hand already under this fence or a later one are left alone; those in
         hand under an earlier one are dropped, since their results would be refused. Raises `TicketRefused`."""
-        check_ticket(ticket, context=self.context, vocabulary=self.vocabulary)
-        samples = set(ticket.samples)
-        for job in [job for job in self._jobs if job.ticket.group == ticket.group]:
-            same = {response.sample for response in job.unfinished} & samples
-            if job.ticket.fence >= ticket.fence:
-                samples -= same
-            else:
-                self._drop(job, same)
-        if samples:
-            self._jobs.append(Job(ticket, [s for s in ticket.samples if s in samples], context=self.context))
+        self._tickets.add(ticket)
 
     def cancel(self, group: int, fence: int) -> None:
         """Drop every unfinished sample that was issued under this fence, if any."""
-        for job in [job for job in self._jobs if (job.ticket.group, job.ticket.fence) == (group, fence)]:
-            self._drop(job, {response.sample for response in job.unfinished})
+        self._tickets.cancel(group, fence)
 
     @torch.inference_mode()
     def hand_back(self) -> list[HandBack]:
         """Everything unfinished, with its tokens so far; the generator is then empty."""
         for response in self._running.responses:
             response.label(self.version)
-        handed = [job.hand_back() for job in self._jobs]
+        handed = [job.hand_back() for job in self._tickets.jobs]
         self._running.clear()
-        for job in list(self._jobs):
+        for job in list(self._tickets.jobs):
             self._close(job)
         return handed
 
     def held(self) -> list[Held]:
         """The tickets with unfinished samples."""
-        return [Held(job.ticket.group, job.ticket.fence) for job in self._jobs]
+        return self._tickets.held()
 
     @property
     def ready(self) -> bool:
         """Whether `step` has something to do; a ticket that waits for newer weights is nothing to do."""
-        return len(self._running) > 0 or next(self._startable(), None) is not None
-
-    def _startable(self) -> Iterator[Job]:
-        return (job for job in self._jobs if job.waiting and job.ticket.min_version <= self.version)
+        return len(self._running) > 0 or next(self._tickets.startable(self.version), None) is not None
 
     @torch.inference_mode()
     def _drop(self, job: Job, samples: Collection[int]) -> None:
@@ -115,7 +103,7 @@ class TorchGenerator:
             self._close(job)
 
     def _close(self, job: Job) -> None:
-        self._jobs.remove(job)
+        self._tickets.jobs.remove(job)
         self._release_prompt(job)
 
     def _release_prompt(self, job: Job) -> None:
@@ -139,7 +127,7 @@ class TorchGenerator:
             response.label(self.version)
         self.version = version
         self._prompts.expire()
-        for job in self._jobs:
+        for job in self._tickets.jobs:
             self._release_prompt(job)
             if self.config.on_new_weights == "recompute":
                 job.waiting, job.live = job.live + job.waiting, []
@@ -180,7 +168,7 @@ class TorchGenerator:
         """What to compute next: of the oldest tickets, as far as slots are free and the budget goes."""
         budget, room = self._budget, self._running.free
         chosen: list[tuple[Prefix, int]] = []
-        for job in self._startable():
+        for job in self._tickets.startable(self.version):
             for response in job.waiting[:room]:
                 prefix = self._to_compute(job, response)
                 if prefix is None or any(prefix is other for other, _ in chosen):
@@ -207,7 +195,7 @@ class TorchGenerator:
 
     def _start(self) -> None:
         """Give free slots to the oldest waiting responses for which everything is computed."""
-        for job in self._startable():
+        for job in self._tickets.startable(self.version):
             for response in job.waiting[: self._running.free]:
                 if self._to_compute(job, response) is not None or job.prompt is None:
                     continue

@@ -8,7 +8,7 @@ are those of `engine.sampling`, so the two kinds of generator can work on one ru
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +21,9 @@ from engine.devices import resolve_device
 from engine.generate_vllm_canary import Canary
 from engine.generate_vllm_requests import Draws, EngineLost, Progress
 from engine.generate_vllm_start import check_installed, check_parallel, set_environment
-from engine.responses import Job, Response, check_ticket
+from engine.responses import Job, Response
 from engine.text import TextModel
+from engine.ticket_queue import TicketQueue
 from protocols.messages import HandBack, Held, Rollout, Ticket
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class VllmGenerator:
             ["generated_tokens", "prefill_tokens", "prefill_saved_tokens", "finished", "swaps"], 0
         ) | dict.fromkeys(["step_s", "stage_s", "swap_s", "vet_s", "canary_max"], 0.0)
         self._engine, self._canary, self._decode_text = engine, canary, decode
-        self._jobs: list[Job] = []
+        self._tickets = TicketQueue(context=self.context, vocabulary=self.vocabulary, drop=self._drop)
         self._live: dict[str, _Live] = {}
         self._made = 0
         self._staged: tuple[Mapping[str, Tensor], np.ndarray] | None = None
@@ -92,49 +93,36 @@ class VllmGenerator:
     def add(self, ticket: Ticket) -> None:
         """Queue the ticket's samples. Those in hand already under this fence or a later one are left alone; those in
         hand under an earlier one are dropped, since their results would be refused. Raises `TicketRefused`."""
-        check_ticket(ticket, context=self.context, vocabulary=self.vocabulary)
-        samples = set(ticket.samples)
-        for job in [job for job in self._jobs if job.ticket.group == ticket.group]:
-            same = {response.sample for response in job.unfinished} & samples
-            if job.ticket.fence >= ticket.fence:
-                samples -= same
-            else:
-                self._drop(job, same)
-        if samples:
-            self._jobs.append(Job(ticket, [s for s in ticket.samples if s in samples], context=self.context))
+        self._tickets.add(ticket)
 
     def cancel(self, group: int, fence: int) -> None:
         """Drop every unfinished sample that was issued under this fence, if any."""
-        for job in [job for job in self._jobs if (job.ticket.group, job.ticket.fence) == (group, fence)]:
-            self._drop(job, {response.sample for response in job.unfinished})
+        self._tickets.cancel(group, fence)
 
     def hand_back(self) -> list[HandBack]:
         """Everything unfinished, with its tokens so far; the generator is then empty. vLLM may be lost."""
         for live in self._live.values():
             live.response.label(self.version)
-        handed = [job.hand_back() for job in self._jobs]
+        handed = [job.hand_back() for job in self._tickets.jobs]
         self._engine.abort(list(self._live))
         self._live.clear()
-        self._jobs.clear()
+        self._tickets.jobs.clear()
         return handed
 
     def held(self) -> list[Held]:
         """The tickets with unfinished samples."""
-        return [Held(job.ticket.group, job.ticket.fence) for job in self._jobs]
+        return self._tickets.held()
 
     @property
     def ready(self) -> bool:
         """Whether `step` has something to do; a ticket that waits for newer weights is nothing to do."""
-        return bool(self._live or self._finished) or next(self._startable(), None) is not None
-
-    def _startable(self) -> Iterator[Job]:
-        return (job for job in self._jobs if job.waiting and job.ticket.min_version <= self.version)
+        return bool(self._live or self._finished) or next(self._tickets.startable(self.version), None) is not None
 
     def _drop(self, job: Job, samples: Collection[int]) -> None:
         job.waiting = [response for response in job.waiting if response.sample not in samples]
         self._recall({response.sample for response in job.live} & set(samples), job)
         if not job.unfinished:
-            self._jobs.remove(job)
+            self._tickets.jobs.remove(job)
 
     def _recall(self, samples: Collection[int], job: Job) -> list[Response]:
         """Take these samples out of vLLM's hands."""
@@ -187,7 +175,7 @@ class VllmGenerator:
 
     def _restart_unbegun(self) -> None:
         """What vLLM has not begun with waits again, before all others: its prompt may be there under old weights."""
-        for job in self._jobs:
+        for job in self._tickets.jobs:
             unbegun = {
                 live.response.sample for live in self._live.values() if live.response.job is job and not live.begun
             }
@@ -243,7 +231,7 @@ class VllmGenerator:
         self._engine.close()
 
     def _start(self) -> None:
-        for job in self._startable():
+        for job in self._tickets.startable(self.version):
             for response in job.waiting[: self.config.slots - len(self._live)]:
                 name, sampling = self._name(), job.sampling
                 made = len(response.tokens)
@@ -282,7 +270,7 @@ class VllmGenerator:
             job.waiting.insert(0, response)
             raise EngineLost(f"vLLM ended sample {response.sample} of group {job.ticket.group} by itself: {reason}")
         if not job.unfinished:
-            self._jobs.remove(job)
+            self._tickets.jobs.remove(job)
         response.label(self.version)
         self.counters["finished"] += 1
         text = self._decode_text(np.array(response.tokens))
