@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from tools.fuzzing.codec import Found, fuzz_codec
@@ -38,8 +38,8 @@ def main(
     print(f"{len(violations)} violations (seed {seed})")
     if json_path is not None:
         facts = {"code": code_version(), "python": platform.python_version(), "load_average": os.getloadavg()}
-        document = {"machine": facts, "seed": seed, "results": {name: asdict(found) for name, found in results.items()}}
-        json_path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        document = {"machine": facts, "seed": seed, "results": results}
+        json_path.write_text(json.dumps(msgspec.to_builtins(document), indent=1), encoding="utf-8")
     raise typer.Exit(1 if violations else 0)
 
 
