@@ -64,7 +64,7 @@ def closing_lines(found: Report) -> list[tuple[str, str]]:
         lines.append(("evaluated", f"{found.tokens['evaluated']:,} tokens"))
     if found.keep_rate is not None:
         lines.append(("keep rate", f"{found.keep_rate:.1%} of decided groups were informative"))
-    if found.prompt_tokens_saved is not None:
+    if found.prompt_tokens_saved:
         text = (
             f"saves {found.prompt_tokens_saved:.1%} of the learner's input tokens: a prompt once for all its responses"
         )
