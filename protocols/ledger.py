@@ -97,6 +97,18 @@ class Ledger:
             **{f"total_{name}": value for name, value in self.totals.items()},
         }
 
+    def standing(self) -> dict[str, float]:
+        """What holds a run up, beside `figures`: the rule's numbers, and the samples that each side owes."""
+        stages = [s.stage for g in self.groups.values() for s in g.samples if g.id not in self.ready]
+        return {
+            "max_lag": self.pace.max_lag,
+            "groups_per_step": self.pace.groups_per_step,
+            "room": self.room(),
+            "to_generate": stages.count("new"),
+            "generating": stages.count("leased"),
+            "grading": stages.count("grading"),
+        }
+
     # --- events --------------------------------------------------------------------------------------------------
 
     def joined(self, worker: str, role: str, capacity: int) -> None:

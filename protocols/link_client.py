@@ -87,8 +87,10 @@ class Client:
         version: int | None = None,
         held: Sequence[Held] | None = None,
         counters: dict[str, float] | None = None,
+        owes: str = "",
     ) -> None:
-        """What the next heartbeats say; what is None stays as it was. `since` moves when `state` changes."""
+        """What the next heartbeats say; what is None stays as it was. `since` moves when `state` changes; `owes` is the role
+        that this worker waits for."""
         last = self._shared.beat
         self._shared.beat = Heartbeat(
             state=state,
@@ -96,6 +98,7 @@ class Client:
             version=last.version if version is None else version,
             held=last.held if held is None else list(held),
             counters=last.counters if counters is None else dict(counters),
+            owes=owes,
         )
 
     def send(self, message: Message, timeout_s: float = SEND_TIMEOUT_S) -> int:

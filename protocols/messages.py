@@ -302,13 +302,15 @@ class Held(Struct, frozen=True):
 
 
 class Heartbeat(Struct, frozen=True, tag="heartbeat"):
-    """Worker to buffer, every few seconds: I live, this is what I do or wait for, and since when (Unix seconds)."""
+    """Worker to buffer, every few seconds: I live, this is what I do or wait for, since when (Unix seconds), and who owes
+    it (a role; empty where I work)."""
 
     state: str
     since: float
     version: int = 0
     held: list[Held] = []
     counters: dict[str, float] = {}
+    owes: str = ""
 
 
 class Hello(Struct, frozen=True, tag="hello"):
@@ -357,7 +359,8 @@ class StatusRequest(Struct, frozen=True, tag="status_request"):
 
 
 class Status(Struct, frozen=True, tag="status"):
-    """Buffer to asker: plain numbers and the latest heartbeat of every worker, for the view and `headrace status`."""
+    """Buffer to asker: plain numbers and the latest heartbeat of every worker, for the view and `headrace status`. `gone`
+    are the workers that left last and have not come back: name, role, reason, and when (Unix seconds)."""
 
     run: str
     step: int
@@ -367,6 +370,7 @@ class Status(Struct, frozen=True, tag="status"):
     workers: list[dict[str, Any]]
     metrics: dict[str, float]
     evals: list[dict[str, float]]
+    gone: list[dict[str, Any]] = []
 
 
 class Goodbye(Struct, frozen=True, tag="goodbye"):

@@ -18,6 +18,7 @@ from protocols.log import Log
 from workers.last_words import KEY, LastWords, out_of_space, say_last_words
 from workers.roles import is_refusal
 from workers.supervise import Exit, Supervisor
+from workers.why import standstill
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -119,6 +120,8 @@ def test_a_log_that_cannot_grow_ends_the_run_at_once_and_resume_goes_on(folder: 
     assert err.rstrip().endswith("continue with: headrace launch trial.toml --resume")
     diary = (folder / "runs" / "trial" / "logs" / "launch.log").read_text()
     assert diary.count("buffer started") == 1, diary
+    assert (found := standstill(folder / "runs" / "trial")).kind == "ended"
+    assert f"buffer refused to run (exit code 2); the end of {folder}/runs/trial/logs/buffer.log" in found.text
     assert left_behind(folder) == []
     before = rows(folder / "runs" / "trial" / "rollouts.db")
     assert before["rollouts"]

@@ -22,6 +22,8 @@ from workers.run_state import RunState, say
 
 TURN_S = 0.02
 """A turn waits this long for events when nothing arrives; leases and plans are looked at that often."""
+GONE = 16
+"""So many of the workers that left last are named to who asks how the run stands."""
 GOODBYE_S = 10.0
 """How long the buffer waits, at the end, for its workers to leave."""
 
@@ -60,6 +62,8 @@ class Buffer:
         self.asking: dict[int, set[str]] = defaultdict(set)
         self.beats: dict[str, m.Heartbeat] = {}
         self.hellos: dict[str, m.Hello] = {}
+        self.heard: dict[str, float] = {}
+        self.gone: dict[str, dict[str, str | float]] = {}
         self.weights: m.Announce | None = None
         self.stopping = False
         self._welcome()
@@ -117,7 +121,8 @@ class Buffer:
     # --- events --------------------------------------------------------------------------------------------------
 
     def _joined(self, worker: str, hello: m.Hello) -> None:
-        self.hellos[worker] = hello
+        self.hellos[worker], self.heard[worker] = hello, time.monotonic()
+        self.gone.pop(worker, None)
         self.ledger.joined(worker, hello.role, hello.capacity)
         if hello.role != "observer":
             self.state.event("joined", worker, f"{hello.role} pid {hello.pid} on {hello.host}")
@@ -125,14 +130,18 @@ class Buffer:
     def _left(self, worker: str, reason: str) -> None:
         hello = self.hellos.pop(worker, None)
         self.beats.pop(worker, None)
+        self.heard.pop(worker, None)
         self.ledger.left(worker)
         for asking in self.asking.values():
             asking.discard(worker)
         if hello and hello.role != "observer":
             self.state.event("left", worker, reason)
+            self.gone[worker] = {"name": worker, "role": hello.role, "reason": reason, "at": time.time()}
+            self.gone = dict(list(self.gone.items())[-GONE:])
 
     def _received(self, worker: str, id: int, message: m.Message, now: float) -> None:
         refused: str | None = None
+        self.heard[worker] = now
         match message:
             case m.Heartbeat():
                 self.beats[worker] = message
@@ -185,22 +194,23 @@ class Buffer:
 
     def status(self) -> m.Status:
         """What the view and `headrace status` show."""
-        workers = [
-            {"name": name, "role": hello.role, **msgspec.to_builtins(self.beats[name])}
-            if name in self.beats
-            else {"name": name, "role": hello.role, "state": "joined", "since": 0.0}
-            for name, hello in self.hellos.items()
-            if hello.role != "observer"
-        ]
+        now = time.monotonic()
+        workers = []
+        for name, hello in self.hellos.items():
+            beat = self.beats.get(name)
+            said = msgspec.to_builtins(beat) if beat is not None else {"state": "joined", "since": 0.0}
+            if hello.role != "observer":
+                workers.append({"name": name, "role": hello.role, **said, "silent_s": now - self.heard.get(name, now)})
         return m.Status(
             run=self.config.name,
             step=self.ledger.committed,
             steps=self.config.steps,
             done=self.state.finished,
-            ledger=self.ledger.figures(),
+            ledger={**self.ledger.figures(), **self.ledger.standing(), "heartbeat_s": self.config.buffer.heartbeat_s},
             workers=workers,
             metrics=self.state.latest,
             evals=self.state.evals,
+            gone=list(self.gone.values()),
         )
 
     def _welcome(self) -> None:

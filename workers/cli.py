@@ -165,7 +165,9 @@ def export(run: Run, out: Annotated[Path, typer.Argument(metavar="FILE", help=".
 
 
 @app.command()
-def status(run: Run) -> None:
+def status(
+    run: Run, why: Annotated[bool, typer.Option("--why", help="Only what the run waits for, and who owes it.")] = False
+) -> None:
     """How a run stands: who waits for what while it goes on, else what its log has."""
     from protocols.link import LinkTimeout
     from workers.view import ask_status, render
@@ -176,6 +178,11 @@ def status(run: Run) -> None:
         found = ask_status(folder) if address.exists() else None
     except LinkTimeout:
         found = None
+    if why:
+        from workers.why import cause, standstill
+
+        print((cause(found, time.time()) if found else standstill(folder)).text)
+        return
     Console().print(render(found, {}, None, time.time()) if found else _standing(folder), soft_wrap=found is None)
 
 

@@ -193,21 +193,24 @@ class Generator:
         if time.monotonic() < self.status_due:
             return
         self.status_due = time.monotonic() + STATUS_S
+        state, owes = self._state()
         self.client.status(
-            self._state(),
+            state,
+            owes=owes,
             version=self.engine.version,
             held=self.engine.held(),
             counters={**self.engine.counters, **self.counters, **self.weights.counters},
         )
 
-    def _state(self) -> str:
+    def _state(self) -> tuple[str, str]:
+        """What it does or waits for, and the role that owes it."""
         if not self.has_weights:
-            return f"waits for {self.weights.waits_for}"
+            return f"waits for {self.weights.waits_for}", "learner"
         if self.engine.ready:
-            return "decodes"
+            return "decodes", ""
         if self.engine.held():
-            return f"waits for weights newer than version {self.engine.version}"
-        return "waits for tickets"
+            return f"waits for weights newer than version {self.engine.version}", "learner"
+        return "waits for tickets", "buffer"
 
     def _leave(self, reason: str) -> None:
         self.client.status("leaves", version=self.engine.version, held=[])

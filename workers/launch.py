@@ -16,7 +16,7 @@ from workers.check import refuse
 from workers.crew import Crew
 from workers.keys import provide_keys
 from workers.last_words import out_of_space
-from workers.launch_errors import LaunchError, LaunchRefused, Stopped, no_room, role_failure
+from workers.launch_errors import ENDED, LaunchError, LaunchRefused, Stopped, no_room, role_failure
 from workers.metrics import read_metrics
 from workers.restarts import Again, GivenUp, Patience, Restarts
 from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_threads, roles, visible_gpus
@@ -123,6 +123,9 @@ class Launch:
             return self._finish()
         except Stopped:
             return self._stop()
+        except LaunchError as error:
+            self._note(f"{ENDED}{' '.join(str(error).split())}")
+            raise
         finally:
             self.supervisor.stop(self.supervisor.running, grace_s=self._last_grace_s())
             if self.view is not None:
@@ -294,10 +297,13 @@ class Launch:
         again = self.again if log_path(self.config).exists() else None
         return role_failure(exit, what, log=self.logs / f"{exit.name}.log", run_dir=self.config.run_dir, again=again)
 
-    def _say(self, text: str, *, quiet: bool = False) -> None:
+    def _note(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk ends the buffer, with its own error; not the launcher first
             self.diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self.diary.flush()
+
+    def _say(self, text: str, *, quiet: bool = False) -> None:
+        self._note(text)
         if self.view is not None and not quiet:
             self.view.say(f"headrace: {text}")
         elif not quiet:

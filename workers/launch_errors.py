@@ -8,6 +8,8 @@ from pathlib import Path
 from workers.roles import is_refusal
 from workers.supervise import Exit
 
+ENDED = "ended: "
+"""Before the error that ended a run, in the launcher's diary."""
 LOW_BYTES = 16 << 20
 """With less free than this, a run that ended says how full its disk is."""
 

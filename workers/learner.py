@@ -103,14 +103,14 @@ class Learner:
             if self.rank == 0:
                 self._finish(trained)
         if self.rank == 0:
-            self.client.status("waits for the closing evaluation", version=self.config.steps)
+            self.client.status("waits for the closing evaluation", version=self.config.steps, owes="buffer")
             self._wait(m.Goodbye, "the end of the run", DATA_TIMEOUT_S)
 
     # --- one step --------------------------------------------------------------------------------------------------
 
     def plan(self, step: int) -> m.Plan:
         """Of the trainer's feed: waits until the buffer has the step's groups."""
-        self.client.status(f"waits for the groups of step {step}", version=step - 1)
+        self.client.status(f"waits for the groups of step {step}", version=step - 1, owes="buffer")
         what = f"the plan of step {step}"
         return self._ask(m.PlanRequest(step), m.Plan, lambda plan: plan.step == step, what, DATA_TIMEOUT_S)
 
@@ -141,6 +141,10 @@ class Learner:
             self.client.flush(COMMIT_TIMEOUT_S)
             self._hear_refusal()
         if self.publisher is not None:
+            behind = sorted(name for name, version in self.publisher.members.items() if version != plan.step - 1)
+            if behind:
+                what = f"waits for {', '.join(behind)} to take version {plan.step - 1} (at most {self.config.learner.peer_timeout_s:.0f} s)"
+                self.client.status(what, version=plan.step, owes="generator")
             self.publisher.publish(plan.step, named_weights(self.trainer.model), fingerprints=trained.policy)
         if plan.step % self.config.learner.checkpoint_every == 0 and not last:
             self.trainer.save(trained)

@@ -130,7 +130,7 @@ class Reward:
         busy, queued = self.pool.busy, self.pool.queued
         state = "scores" if busy + queued else "waits for responses to score"
         counters = {**self.pool.counters, "busy": busy, "queued": queued, "refused": self.refused}
-        self.client.status(state, counters=counters)
+        self.client.status(state, counters=counters, owes="" if busy + queued else "buffer")
 
     def _leave(self) -> None:
         self.client.status("leaves")
