@@ -24,7 +24,7 @@ import typer
 
 from workers.provenance import code_version
 
-NAMES = ("hop", "generate", "learner", "weights", "overlap", "elastic", "replay", "utel")
+NAMES = ("hop", "generate", "learner", "weights", "overlap", "elastic", "swarm", "replay", "utel")
 PACKAGES = ("torch", "numpy", "transformers", "pyzmq", "msgspec", "trl", "TransferQueue")
 TIMEOUT_S = 3600.0
 
