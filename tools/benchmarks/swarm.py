@@ -141,10 +141,10 @@ def run(folder: Path, name: str, *, generators: int, rewards: int, seconds: floa
             workers = [*makers, *(Reward(address, f"reward-{i}", over) for i in range(rewards)), Learner(address, over)]
             for worker in workers:
                 parts.enter_context(closing(worker.client))
-            parts.callback(lambda: [worker.join(5.0) for worker in workers])
-            parts.callback(over.set)
             for worker in workers:
+                parts.callback(worker.join, 5.0)
                 worker.start()
+            parts.callback(over.set)
             time.sleep(3.0)
             return _measure(config.run_dir, psutil.Process(supervisor.pid("buffer")), makers, seconds)
     finally:
