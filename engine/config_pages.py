@@ -68,8 +68,13 @@ class UtelObjective(PretrainingConfig, frozen=True, tag="utel"):
 
 
 class UtelTagObjective(Section, frozen=True, tag="utel-tag"):
-    """Entity tagging: cross-entropy over the words' tags, of these `fields`, in rows of at most `length` sub-tokens."""
+    """Entity tagging: cross-entropy over the words' tags, of these `fields`, in rows of at most `length` sub-tokens.
+
+    With `vary` a page is not seen twice as it is: its digits are exchanged for one another (equal amounts stay equal), and
+    the page is moved and scaled by up to the share `vary` of its size.
+    """
 
     fields: list[str] = field(default_factory=lambda: list(RECEIPT_FIELDS))
     scheme: Literal["BIO", "BIES"] = "BIES"
     length: int = 512
+    vary: float = 0.1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.config import Config, ConfigError, UtelObjective, UtelTagObjective
 from engine.documents.fields import FieldScore, compare, total
-from engine.documents.page_rows import PageText, ReadPage, page_of, tags_in
+from engine.documents.page_rows import PageText, ReadPage, page_of, tags_in, varied
 from engine.level_off import Pretraining as ValuePretraining
 from engine.rows import Row
 from engine.tasks import Source, page_tasks
@@ -119,7 +119,7 @@ class PageLearner:
 
     def _prepare(self, batch: Batch, step: int) -> Any:
         prompts = np.split(batch.prompts, np.cumsum(batch.prompt_lengths)[:-1]) if len(batch.prompt_lengths) else []
-        pages = [self._encode(page_of(prompt)) for prompt in prompts]
+        pages = [self._encode(self._seen(page_of(prompt), step)) for prompt in prompts]
         if isinstance(self.objective, Pretraining):
             return self.objective.prepare(pages, step=step, seed=self.config.seed)
         responses = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]) if len(batch.lengths) else []
@@ -144,6 +144,12 @@ class PageLearner:
     def _seed(self, step: int, update: int) -> None:
         key = f"{self.config.seed} {step} {update} {self.ranks.rank}"
         torch.manual_seed(xxhash.xxh3_64_intdigest(key.encode()) >> 1)
+
+    def _seen(self, page: ReadPage, step: int) -> ReadPage:
+        objective = self.config.objective
+        if not isinstance(objective, UtelTagObjective) or not objective.vary:
+            return page
+        return varied(page, objective.vary, f"{self.config.seed} {step} {page.id}")
 
     def _encode(self, page: ReadPage) -> EncodedPage:
         return encode_page(self.pieces, page.words, page.boxes, id=page.id)

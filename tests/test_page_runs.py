@@ -16,7 +16,7 @@ from utel_pages import make_boxes, make_words
 
 from engine.config import load_config
 from engine.documents.page import Page, write_pages
-from engine.documents.page_rows import PageText, page_of, page_row, tags_in
+from engine.documents.page_rows import PageText, ReadPage, page_of, page_row, tags_in, varied
 from engine.fields import TaskError
 from engine.tasks import Source, page_tasks
 from engine.utel.folder import load_utel
@@ -41,7 +41,7 @@ eval = {{ prompts = 4, every = 2 }}
 runs = "{runs}"
 """
 PRETRAIN = '{ type = "utel", length = 64 }'
-TAG = '{ type = "utel-tag", fields = ["total"], length = 64 }'
+TAG = '{ type = "utel-tag", fields = ["total"], length = 64, vary = 0.0 }'
 
 
 def make_page(number: int) -> Page:
@@ -145,6 +145,20 @@ def test_a_page_travels_as_it_is_to_be_seen(boxes: str) -> None:
     assert tags_in(text.encode("")) is None
     with pytest.raises(TaskError, match="is no page"):
         page_of(text.encode("[]"))
+
+
+def test_a_varied_page_keeps_what_is_equal_and_moves_as_a_whole() -> None:
+    page = ReadPage(
+        "p", ["RM9.00", "9.00", "abc", "17"], [(100, 100, 200, 120), (300, 100, 400, 120), *[(0, 0, 9, 9)] * 2]
+    )
+    seen = varied(page, 0.1, "a key")
+    assert seen == varied(page, 0.1, "a key") != varied(page, 0.1, "another")
+    assert seen.words[0] == f"RM{seen.words[1]}"
+    assert seen.words[2] == "abc"
+    assert len(set(seen.words[3])) == 2
+    assert seen.boxes[1][0] - seen.boxes[0][0] == pytest.approx(200, abs=22)
+    assert all(0 <= low <= high <= 1000 for low, _, high, _ in seen.boxes)
+    assert varied(page, 0.0, "a key").boxes == page.boxes
 
 
 def test_companies_that_are_held_out_are_never_trained_on(pages: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct
 
 from engine.config_pages import PagesTask
-from engine.documents.page import Box, Page
+from engine.documents.page import SIZE, Box, Page
 from engine.documents.split import split_by_company
 from engine.documents.task_rows import read_documents
 from engine.fields import TaskError
@@ -42,6 +42,21 @@ class PageText:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def varied(page: ReadPage, share: float, key: str) -> ReadPage:
+    """The page with its digits permuted, moved and scaled by up to `share`; a function of the key."""
+    drawn = random.Random(key)
+    digits = list("0123456789")
+    drawn.shuffle(digits)
+    table = str.maketrans("0123456789", "".join(digits))
+    scales, shifts = ([drawn.uniform(-share, share) for _ in "xy"] for _ in range(2))
+
+    def moved(edge: int, axis: int) -> int:
+        return round(min(max(SIZE / 2 + (edge - SIZE / 2) * (1 + scales[axis]) + shifts[axis] * SIZE / 2, 0), SIZE))
+
+    boxes = [(moved(a, 0), moved(b, 1), moved(c, 0), moved(d, 1)) for a, b, c, d in page.boxes]
+    return ReadPage(page.id, [word.translate(table) for word in page.words], boxes)
 
 
 def page_of(prompt: np.ndarray) -> ReadPage:
