@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from engine.config import Config, ConfigError, UtelObjective, UtelTagObjective
 from engine.documents.fields import FieldScore, compare, total
+from engine.documents.page import Page
 from engine.documents.page_rows import PageText, ReadPage, page_of, tags_in, varied
 from engine.level_off import Pretraining as ValuePretraining
 from engine.rows import Row
 from engine.tasks import Source, page_tasks
 from engine.trained_model import Ranks, TrainedModel
+from engine.utel.decoding import best_fields
 from engine.utel.encode import EncodedPage, encode_page
 from engine.utel.folder import fill, load_utel, read_weights
 from engine.utel.pretraining.checks import leak_checks
 from engine.utel.pretraining.heads import UtelPretraining
 from engine.utel.pretraining.objective import Pretraining
-from engine.utel.tagging import Tagging, UtelTagger, load_tagger, predict_tags
+from engine.utel.tagging import Tagging, UtelTagger, load_tagger, predict_logits, to_tags
 from engine.utel.wordpiece import load_wordpiece
 from protocols.messages import Batch
 
@@ -100,11 +102,16 @@ class PageLearner:
         if isinstance(self.objective, Pretraining) and isinstance(self.model, UtelPretraining):
             figures = leak_checks(self.objective, self.model, encoded, seed=self.config.seed, token_budget=budget)
         elif isinstance(self.model, UtelTagger) and isinstance(self.objective, Tagging):
-            length = self.objective.length
-            tags = predict_tags(
+            length, labels = self.objective.length, self.model.labels
+            logits = predict_logits(
                 self.model, self.pieces, encoded, length=length, overlap=length // 4, token_budget=budget
             )
-            figures = tag_figures(rows, found, tags)
+            tags = [to_tags(own.argmax(axis=-1).tolist(), labels) for own in logits]
+            types = sorted({label[2:] for label in labels if label != "O"})
+            pages = [Page(id=page.id, words=page.words, boxes=page.boxes) for page in found]
+            fields = [best_fields(page, own, labels, types) for page, own in zip(pages, logits, strict=True)]
+            values = [{name: field.value for name, field in own.items()} for own in fields]
+            figures = tag_figures(rows, tags, values)
         return {f"held_out_{name}": value for name, value in figures.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -155,10 +162,12 @@ class PageLearner:
         return encode_page(self.pieces, page.words, page.boxes, id=page.id)
 
 
-def tag_figures(rows: Sequence[Row], pages: Sequence[ReadPage], predicted: Sequence[list[str]]) -> dict[str, float]:
-    """Of held-out pages with tags: entity F1 (seqeval's default and strict readings, and by type), and the F1 of the fields
-    that the tags give, in their normal forms, against the pages' labels."""
-    from engine.documents.entities import fields_from_tags, score_tags  # needs the extra `documents`
+def tag_figures(
+    rows: Sequence[Row], predicted: Sequence[list[str]], values: Sequence[Mapping[str, str]]
+) -> dict[str, float]:
+    """Of held-out pages: entity F1 of the tags (seqeval's default and strict readings, and by type), and F1 of the fields'
+    values, in their normal forms, against the pages' labels."""
+    from engine.documents.entities import score_tags  # needs the extra `documents`
 
     gold = [tags_in(PageText().encode(row.solution or "")) for row in rows]
     tagged = [place for place, tags in enumerate(gold) if tags is not None]
@@ -166,8 +175,8 @@ def tag_figures(rows: Sequence[Row], pages: Sequence[ReadPage], predicted: Seque
     figures = {"f1": scores.default.micro.f1, "f1_strict": scores.strict.micro.f1}
     figures |= {f"f1_{name}": score.f1 for name, score in scores.default.types.items()}
     fields: dict[str, FieldScore] = {}
-    for row, page, tags in zip(rows, pages, predicted, strict=True):
-        for name, score in compare(fields_from_tags(page.words, tags), msgspec.json.decode(row.answer)).items():
+    for row, own in zip(rows, values, strict=True):
+        for name, score in compare(own, msgspec.json.decode(row.answer)).items():
             fields[name] = fields.get(name, FieldScore()) + score
     figures["fields_f1"] = total(fields.values()).f1
     return figures | {f"fields_f1_{name}": score.f1 for name, score in fields.items()}
