@@ -169,7 +169,7 @@ def test_sigterm_lets_running_jobs_end_and_flushes(buffer: Buffer, tmp_path: Pat
 def test_a_buffer_that_is_gone_is_one_clear_error(buffer: Buffer, tmp_path: Path) -> None:
     gone = Buffer()
     with Worker(tmp_path, gone.server.address, config("equal")) as worker:
-        gone.until(lambda: gone.joined)
+        gone.until(lambda: gone.beats)  # it has its welcome; who waits for one waits longer
         gone.server.close()
         code, errors = worker.ended()
         assert code == 1
