@@ -130,6 +130,8 @@ def test_receipts_are_read_whatever_their_labels_say(model: Path, tmp_path: Path
     assert got[4]["id"] == "long"
     assert got[5] == {"id": "empty", "fields": {}}
     assert "6 pages" in done.stdout
+    for name in ("company", "date", "address", "total"):
+        assert f"{name} on {sum(name in row['fields'] for row in got)}" in done.stdout
 
 
 def test_a_bad_row_is_named_and_nothing_is_written(model: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def extract(model: Path, source: Path, out: Path, device: str) -> None:
 
     def lines() -> Iterator[Extracted]:
         for page, found in reader.each(read_sroie_jsonl(source, report, labels=False), FIELDS):
-            counts.update(found)
+            counts.update(found.keys())
             yield Extracted(page.id, {name: field.value for name, field in found.items()})
 
     pages = write_rows(out, lines())
