@@ -7,10 +7,9 @@ from typing import Literal
 from msgspec import field
 
 from engine.config_section import Section
+from engine.config_tasks import RECEIPT_FIELDS
 from engine.utel.config import UtelConfig
 from engine.utel.pretraining.config import PretrainingConfig
-
-RECEIPT_FIELDS = ("company", "date", "address", "total")
 
 
 class UtelModel(Section, frozen=True, tag="utel"):

@@ -8,6 +8,9 @@ from msgspec import field
 
 from engine.config_section import Section
 
+RECEIPT_FIELDS = ("company", "date", "address", "total")
+"""The labels of SROIE's receipts."""
+
 
 class ReasoningGymScore(Section, frozen=True, tag="reasoning-gym"):
     """The data set's own `score_answer`; correct at `threshold` or above."""
@@ -90,7 +93,7 @@ class DocumentsTask(Section, frozen=True, tag="documents"):
     """
 
     path: str
-    fields: list[str] = field(default_factory=lambda: ["company", "date", "address", "total"])
+    fields: list[str] = field(default_factory=lambda: list(RECEIPT_FIELDS))
     first_words: int | None = None
     max_characters: int = 6000
     positions: bool = True

@@ -8,6 +8,7 @@ denominators were counted over all ranks before. What a page is asked is a funct
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from engine.config import Config, ConfigError, UtelObjective, UtelTagObjective
 from engine.documents.fields import FieldScore, compare, total
 from engine.documents.page import Page
-from engine.documents.page_rows import PageText, ReadPage, page_of, tags_in, varied
+from engine.documents.page_rows import PageText, ReadPage, page_in, page_of, tags_in, varied
 from engine.level_off import Pretraining as ValuePretraining
 from engine.rows import Row
 from engine.tasks import Source, page_tasks
+from engine.totals import Totals
 from engine.trained_model import Ranks, TrainedModel
 from engine.utel.decoding import best_fields
 from engine.utel.encode import EncodedPage, encode_page
@@ -31,7 +33,7 @@ from engine.utel.folder import fill, load_utel, read_weights
 from engine.utel.pretraining.checks import leak_checks
 from engine.utel.pretraining.heads import UtelPretraining
 from engine.utel.pretraining.objective import Pretraining
-from engine.utel.tagging import Tagging, UtelTagger, load_tagger, predict_logits, to_tags
+from engine.utel.tagging import Tagging, UtelTagger, likeliest_tags, load_tagger, predict_logits
 from engine.utel.wordpiece import load_wordpiece
 from protocols.messages import Batch
 
@@ -70,34 +72,31 @@ class PageLearner:
     def step(self, step: int, updates: list[Batch]) -> dict[str, float]:
         """Train step `step` (from 1) on this rank's share of each of its updates; its metrics, the same on every rank. Raises
         `NonFiniteError` before anything not finite reaches the weights."""
-        totals = {name: np.zeros(length) for name, length in self.objective.sums.items()}
+        totals = Totals({"pages": 1, **self.objective.sums}, self.device)
         rate = self.trained.rate(step)
-        losses, norms, pages = [], [], 0
+        losses, norms = [], []
         for index, batch in enumerate(updates):
-            pages += len(batch.sizes)
+            totals.add({"pages": np.array([len(batch.sizes)])})
             self._seed(step, index)
             prepared = self._prepare(batch, step)
-            _add(totals, getattr(prepared, "sums", {}))
+            totals.add(prepared.sums)
             denominators = self._over_ranks(prepared.counts)
             loss = self.trained.gradient(self._losses(prepared, denominators, totals))
             norm = self.trained.norm(loss, f"step {step}, update {index + 1} of {len(updates)}")
             self.trained.step(rate, norm)
             losses.append(loss)
             norms.append(norm)
-        ends = np.cumsum([len(values) for values in totals.values()])[:-1]
-        summed = self.ranks.sum(np.concatenate([*totals.values(), [float(pages)]]), self.device)
-        totals = dict(zip(totals, np.split(summed[:-1], ends), strict=True))
+        sums = totals.split(self.ranks.sum(totals.flat(), self.device))
         mean_loss, mean_norm = (sum(values) / max(1, len(values)) for values in (losses, norms))
         common = {"updates": float(len(losses)), "loss": mean_loss, "grad_norm": mean_norm, "lr": rate}
-        return common | {"pages": float(summed[-1])} | self.objective.metrics(totals)
+        return common | {"pages": float(sums["pages"][0])} | self.objective.metrics(sums)
 
     def evaluate(self) -> dict[str, float]:
         """Figures of `eval.prompts` held-out pages, by names that begin with "held_out_"; nothing when there are none."""
-        rows = Source(page_tasks(self.config.tasks), self.config.seed).held_out(self.config.eval.prompts)
+        rows = self._held_out
         if not rows:
             return {}
-        text = PageText()
-        found = [page_of(text.encode_prompt(row.prompt, chat=False)) for row in rows]
+        found = [page_in(row) for row in rows]
         encoded, budget = [self._encode(page) for page in found], self.settings.token_budget
         if isinstance(self.objective, Pretraining) and isinstance(self.model, UtelPretraining):
             figures = leak_checks(self.objective, self.model, encoded, seed=self.config.seed, token_budget=budget)
@@ -106,7 +105,7 @@ class PageLearner:
             logits = predict_logits(
                 self.model, self.pieces, encoded, length=length, overlap=length // 4, token_budget=budget
             )
-            tags = [to_tags(own.argmax(axis=-1).tolist(), labels) for own in logits]
+            tags = [likeliest_tags(own, labels) for own in logits]
             types = sorted({label[2:] for label in labels if label != "O"})
             pages = [Page(id=page.id, words=page.words, boxes=page.boxes) for page in found]
             fields = [best_fields(page, own, labels, types) for page, own in zip(pages, logits, strict=True)]
@@ -122,6 +121,12 @@ class PageLearner:
         """Continue from `optimizer_state()` of an equal model. Raises ValueError for tensors that do not fit."""
         self.trained.optimizer.load_state(state)
 
+    @cached_property
+    def _held_out(self) -> list[Row]:
+        """Read once, and only where evaluations are wanted."""
+        count = self.config.eval.prompts
+        return Source(page_tasks(self.config.tasks), self.config.seed).held_out(count) if count else []
+
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _prepare(self, batch: Batch, step: int) -> Any:
@@ -134,15 +139,13 @@ class PageLearner:
         tagged = [(page, own) for page, own in zip(pages, tags, strict=True) if own is not None]
         return self.objective.prepare([page for page, _ in tagged], [own for _, own in tagged])
 
-    def _losses(
-        self, prepared: Any, denominators: Mapping[str, float], totals: dict[str, np.ndarray]
-    ) -> Iterator[Tensor]:
+    def _losses(self, prepared: Any, denominators: Mapping[str, float], totals: Totals) -> Iterator[Tensor]:
         objective: Any = self.objective  # two classes of one shape
         batches = objective.micro_batches(prepared, token_budget=self.settings.token_budget, device=self.device)
         for batch in batches:
             loss, sums = objective.loss(self.model, batch, denominators)
             yield loss
-            _add(totals, {name: value.double().cpu().numpy() for name, value in sums.items()})
+            totals.add(sums)
 
     def _over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
         summed = self.ranks.sum(np.array(list(counts.values())), self.device)
@@ -180,8 +183,3 @@ def tag_figures(
             fields[name] = fields.get(name, FieldScore()) + score
     figures["fields_f1"] = total(fields.values()).f1
     return figures | {f"fields_f1_{name}": score.f1 for name, score in fields.items()}
-
-
-def _add(totals: dict[str, np.ndarray], more: Mapping[str, np.ndarray]) -> None:
-    for name, values in more.items():
-        totals[name] += values

@@ -25,9 +25,10 @@ from engine.host_memory import return_freed_tensors
 from engine.level_off import Pretraining
 from engine.logprobs import token_logprobs
 from engine.models import hidden_states, output_weight
-from engine.objectives import Objective, Sums, Targets, make_objective, make_pretraining
+from engine.objectives import Objective, Targets, make_objective, make_pretraining
 from engine.optimizer import Optimizer
 from engine.packing import Pack, pack
+from engine.totals import Totals
 from engine.trained_model import NonFiniteError, Ranks, TrainedModel
 from protocols.messages import Batch
 
@@ -86,7 +87,7 @@ class TorchLearner:
         """Train rollout step `step` (from 1) on this rank's share of each of its updates; the step's metrics, the same on
         every rank. Raises `NonFiniteError` before anything not finite reaches the weights."""
         objective = self.objective if self.pretraining.over else self.value_objective
-        totals = _Totals({**_SUMS, **objective.sums}, self.device)
+        totals = Totals({**_SUMS, **objective.sums}, self.device)
         prepared = self._prepare(objective, step, updates)
         rates = self._rates(objective, step)
         losses: dict[str, list[tuple[float, float]]] = {name: [] for name in rates}
@@ -160,7 +161,7 @@ class TorchLearner:
         return rates
 
     def _train(
-        self, objective: Objective, update: Update, rates: dict[str, float], where: str, totals: _Totals
+        self, objective: Objective, update: Update, rates: dict[str, float], where: str, totals: Totals
     ) -> dict[str, tuple[float, float]]:
         """One update of each model that has a rate; its loss and its gradient's norm. All gradients are checked before the
         first weight changes."""
@@ -173,7 +174,7 @@ class TorchLearner:
             model.step(rates[name], checked[name][1])
         return checked
 
-    def _policy_losses(self, objective: Objective, update: Update, totals: _Totals) -> Iterator[Tensor]:
+    def _policy_losses(self, objective: Objective, update: Update, totals: Totals) -> Iterator[Tensor]:
         if objective.policy_loss is None:
             return
         for index, micro_batch in enumerate(update.packs):
@@ -184,7 +185,7 @@ class TorchLearner:
             carried = torch.from_numpy(update.targets.mask[micro_batch.tokens]).to(self.device)
             totals.add({**sums, "entropy": torch.where(carried, entropy, 0.0).sum()})
 
-    def _value_losses(self, objective: Objective, update: Update, totals: _Totals) -> Iterator[Tensor]:
+    def _value_losses(self, objective: Objective, update: Update, totals: Totals) -> Iterator[Tensor]:
         if objective.value_loss is None or self.critic is None:
             return
         for micro_batch in update.packs:
@@ -217,7 +218,7 @@ class TorchLearner:
 
     # --- figures ---------------------------------------------------------------------------------------------------
 
-    def _metrics(self, objective: Objective, totals: _Totals) -> dict[str, float]:
+    def _metrics(self, objective: Objective, totals: Totals) -> dict[str, float]:
         sums = totals.split(self.ranks.sum(totals.flat(), self.device))
         one = {name: float(values[0]) for name, values in sums.items()}
         tokens, responses = max(one["loss_tokens"], 1.0), max(one["responses"], 1.0)
@@ -256,24 +257,6 @@ def _batch_sums(batch: Batch, targets: Targets, packs: list[Pack]) -> dict[str, 
         "inputs_unshared": (batch.prompt_lengths * batch.sizes).sum() + tokens - responses,
     }
     return {name: np.array([value], dtype=np.float64) for name, value in sums.items()}
-
-
-class _Totals:
-    """Vectors that add up over micro-batches, updates and ranks, in fp64 on the device (no waiting for it while training)."""
-
-    def __init__(self, lengths: dict[str, int], device: torch.device) -> None:
-        self.vectors = {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in lengths.items()}
-
-    def add(self, sums: Sums | dict[str, np.ndarray]) -> None:
-        for name, values in sums.items():
-            self.vectors[name] += torch.as_tensor(values, device=self.vectors[name].device)
-
-    def flat(self) -> np.ndarray:
-        return torch.cat(list(self.vectors.values())).cpu().numpy()
-
-    def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        ends = np.cumsum([len(vector) for vector in self.vectors.values()])
-        return dict(zip(self.vectors, np.split(flat, ends[:-1]), strict=True))
 
 
 def _mean(pairs: list[tuple[float, float]], index: int) -> float:

@@ -43,7 +43,7 @@ class Intake:
         self.kind: Kind = "ready" if solutions or config.offline else "train"
         prompts = page_tasks(config.tasks) if config.reads_pages else prompt_tasks(config.tasks)
         self.source = Source(prompts, config.seed) if prompts or not config.offline else None
-        self.logs = self._open_logs() if config.offline else None
+        self.logs = self._open_logs(self.text) if config.offline and isinstance(self.text, TextModel) else None
         self.cursor = 0
         self.skipped: list[str] = []
         """What was left out since the owner last looked, as messages."""
@@ -117,7 +117,7 @@ class Intake:
         ]
         return Entry(row, f"{stored.run}:{stored.row.group}", rollouts, grades)
 
-    def _open_logs(self) -> LogSource:
+    def _open_logs(self, text: TextModel) -> LogSource:
         """Raises `TaskError` for a log that cannot be used or was made with another model."""
         self.vocabulary = model_shape(self.config).vocabulary
         held_out = (
@@ -125,7 +125,7 @@ class Intake:
         )
         logs = LogSource(self.config.tasks, self.config.seed, without=held_out)
         for table in logs.tables:
-            table.check(TextModel.load(policy_folder(self.config)), self.vocabulary)
+            table.check(text, self.vocabulary)
         return logs
 
     def _prompt(self, row: Row) -> np.ndarray | None:

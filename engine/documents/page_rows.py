@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -14,7 +13,7 @@ from msgspec import Struct
 from engine.config_pages import PagesTask
 from engine.documents.page import SIZE, Box, Page
 from engine.documents.split import split_by_company
-from engine.documents.task_rows import read_documents
+from engine.documents.task_rows import documents_with_words
 from engine.fields import TaskError
 from engine.rows import Prompt, Row, prompt_id, prompt_text
 
@@ -67,6 +66,11 @@ def page_of(prompt: np.ndarray) -> ReadPage:
         raise TaskError(f"a group's prompt is no page: {error}; expected the log of a run that reads pages") from error
 
 
+def page_in(row: Row) -> ReadPage:
+    """The page of a row that `page_row` made."""
+    return page_of(PageText().encode_prompt(row.prompt, chat=False))
+
+
 def tags_in(response: np.ndarray) -> list[str] | None:
     """The BIO tags of a group's response, one a word; None where the page has none. Raises `TaskError`."""
     data = response[response != END].astype(np.uint8).tobytes()
@@ -82,9 +86,7 @@ class PageRows:
     def __init__(self, task: PagesTask, name: str) -> None:
         """Reads them. Raises `TaskError` for what cannot be read, and when there is no page with words."""
         self.name, self.boxes, self.where = name, task.boxes, str(task.path)
-        pages = [page for page in read_documents(Path(self.where)) if page.words]
-        if not pages:
-            raise TaskError(f"{task.path}: got no page with words, expected at least one")
+        pages = documents_with_words(self.where)
         train, held_out = split_by_company(pages, min(1.0, task.held_out / len(pages)))
         self._rows, self.pool = list(self._distinct(train)), list(self._distinct(held_out))
 

@@ -15,11 +15,12 @@ import msgspec
 from msgspec import Struct, field
 from PIL import Image
 
+from engine.config_tasks import RECEIPT_FIELDS
 from engine.documents.matching import Line, tag_fields
 from engine.documents.page import Box, Page, normalise_box
 from engine.fields import TaskError, read_jsonl
 
-FIELDS = ("company", "date", "address", "total")
+FIELDS = RECEIPT_FIELDS
 WHERE = "public ICDAR 2019 SROIE data (task 3 of the challenge on scanned receipts), training set"
 _WORD = re.compile(r"\S+")
 

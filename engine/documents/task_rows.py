@@ -27,9 +27,7 @@ class DocumentRows:
         """Reads the documents. Raises `TaskError` for one that cannot be read, for no page at all, and for a page that
         nothing could grade."""
         self.task, self.name = task, name
-        pages = [page for page in read_documents(Path(task.path)) if page.words]
-        if not pages:
-            raise TaskError(f"{task.path}: got no page with words, expected at least one")
+        pages = documents_with_words(task.path)
         if task.score.utel is not None and not task.fields:
             raise TaskError(
                 f"task {name}: fields: got none with score.utel, which reads only the fields that are named"
@@ -125,6 +123,14 @@ def _reference(page: Page, wanted: Sequence[str], labels: dict[str, str]) -> dic
         "words": page.words,
         "boxes": page.boxes,
     }
+
+
+def documents_with_words(path: str) -> list[Page]:
+    """The pages of `read_documents` that have words. Raises `TaskError` as it does, and when there is none."""
+    pages = [page for page in read_documents(Path(path)) if page.words]
+    if not pages:
+        raise TaskError(f"{path}: got no page with words, expected at least one")
+    return pages
 
 
 def read_documents(path: Path) -> Iterator[Page]:

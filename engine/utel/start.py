@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.config import Config, ConfigError, UtelModel, UtelObjective, UtelTagObjective, start_folder
-from engine.documents.page_rows import PageText, page_of
+from engine.documents.page_rows import page_in
 from engine.tasks import Source, page_tasks
 from engine.utel.folder import from_bert, load_utel, read_config, save_folder
 from engine.utel.model import Utel
@@ -26,7 +25,6 @@ def create_utel(config: Config, folder: Path) -> None:
     """Writes `folder`, which must not exist; a function of the config (and of where it starts from). Raises `ConfigError`."""
     if not isinstance(config.model, UtelModel):
         raise ConfigError(f'{config.source}: model.type: expected "utel"')
-    shutil.rmtree(folder, ignore_errors=True)
     start = start_folder(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -71,6 +69,6 @@ def _started(config: Config, model: UtelModel, start: Path, pieces: WordPiece) -
 
 def _words(config: Config) -> Iterator[str]:
     """Of the first training pages, in the order of the run."""
-    source, text = Source(page_tasks(config.tasks), config.seed), PageText()
+    source = Source(page_tasks(config.tasks), config.seed)
     for index in range(VOCABULARY_PAGES):
-        yield from page_of(text.encode_prompt(source[index].prompt, chat=False)).words
+        yield from page_in(source[index]).words

@@ -7,7 +7,7 @@ trained on BIES ("E" ends an entity, "S" is one by itself), as UTel's released c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +87,7 @@ class PreparedTags:
 
     windows: list[tuple[Window, np.ndarray]]
     counts: dict[str, float]
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Tagging:
@@ -144,7 +145,12 @@ def predict_tags(
 ) -> list[list[str]]:
     """BIO tags, one a word, of whole pages: each word's likeliest label, see `predict_logits`."""
     logits = predict_logits(model, pieces, pages, length=length, overlap=overlap, token_budget=token_budget)
-    return [to_tags(own.argmax(axis=-1).tolist(), model.labels) for own in logits]
+    return [likeliest_tags(own, model.labels) for own in logits]
+
+
+def likeliest_tags(logits: np.ndarray, labels: Sequence[str]) -> list[str]:
+    """BIO tags of a page: each word's likeliest label, `logits` [words, labels]."""
+    return to_tags(logits.argmax(axis=-1).tolist(), labels)
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ class Publisher:
             with self._changed:
                 if self._closing:
                     break
-                staged = self._staged if self._staging.patch_due(self._staged) else None
+                staged = self._staged if self._staged is not None and self._staged.before is not None else None
                 party = self._turn(time.monotonic()) if staged is None else []
                 if not party and staged is None:
                     self._changed.wait(BUSY_POLL_S if self._roster.expecting(time.monotonic()) else IDLE_POLL_S)
@@ -244,7 +244,7 @@ class Publisher:
     def _patch(self, staged: Staged) -> None:
         """Find what changed, while nothing is sent and nothing is published."""
         started = time.monotonic()
-        share = self._staging.make_patch(staged)
+        share = staged.make_patch()
         with self._changed:
             self._counters["patch_s"] += time.monotonic() - started
             self._counters["changed"] = share

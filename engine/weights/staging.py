@@ -28,6 +28,15 @@ class Staged:
         """What is sent: uint8 [n]."""
         return self.patch.payload if patched and self.patch is not None else self.flat
 
+    def make_patch(self) -> float:
+        """Find what changed since `before`; the share of entries that did, 1.0 where no patch is worth its while."""
+        if self.before is not None:
+            unit = min(entry.torch_dtype.itemsize for entry in self.layout.entries)
+            version, old = self.before
+            self.patch = make_patch(old, self.flat, base=version, unit=unit if unit in DTYPES else 1)
+            self.before = None
+        return 1.0 if self.patch is None else self.patch.changed / self.patch.entries
+
 
 class Staging:
     """Buffers on `device`. With `sparse` the version before is kept, and patches are made of it."""
@@ -61,20 +70,6 @@ class Staging:
                 staged.before = (newest.version, newest.flat)
         self._newest = staged
         return staged
-
-    def patch_due(self, staged: Staged | None) -> bool:
-        """Whether it is still open what changed."""
-        return staged is not None and staged.before is not None
-
-    def make_patch(self, staged: Staged) -> float:
-        """Find what changed; the share of entries that did, 1.0 where no patch is worth its while."""
-        if staged.before is None:
-            return 1.0
-        unit = min(entry.torch_dtype.itemsize for entry in staged.layout.entries)
-        version, old = staged.before
-        staged.patch = make_patch(old, staged.flat, base=version, unit=unit if unit in DTYPES else 1)
-        staged.before = None
-        return 1.0 if staged.patch is None else staged.patch.changed / staged.patch.entries
 
 
 def _in_order(layout: Layout, fingerprints: Mapping[str, str]) -> list[str]:

@@ -201,6 +201,18 @@ def _spread(rows: list[Row], name: str, form: str) -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+@contextmanager
+def numbers(prefix: str) -> Iterator[Path]:
+    """A temporary folder with a small new model and a file of prompts, both of which the configs of these benchmarks name."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that neither processes nor the temporary folder stay
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        folder = Path(name)
+        create_model(MODEL, folder / "model", 0)
+        prompts = "".join(json.dumps({"prompt": str(n), "answer": str(n)}) + "\n" for n in range(10_000, 20_000))
+        (folder / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+        yield folder
+
+
 def main(
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     window: Annotated[float, typer.Option(min=1.0, help="Seconds of each window that is measured.")] = 20.0,
@@ -209,13 +221,8 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Measure how throughput follows the number of generators, and how unequal ones share."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that neither processes nor the temporary folder stay
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="elastic-") as name:
-        folder = Path(name)
-        create_model(MODEL, folder / "model", 0)
-        prompts = "".join(json.dumps({"prompt": str(n), "answer": str(n)}) + "\n" for n in range(10_000, 20_000))
-        (folder / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    with numbers("elastic-") as folder:
         for repeat in range(repeats):
             for case in (count, speeds):
                 bench = Bench(folder, f"{case.__name__}-{repeat}", window_s=window, settle_s=settle)

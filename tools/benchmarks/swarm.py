@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -34,11 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config import load_config
-from engine.models import create_model
 from protocols import messages as m
 from protocols.link import Client
 from protocols.log import Log
-from tools.benchmarks.elastic import MODEL
+from tools.benchmarks.elastic import numbers
 from workers.roles import ROLE_COMMAND, role_command
 from workers.supervise import Supervisor
 
@@ -204,13 +200,8 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Measure what a buffer bears."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that neither processes nor the temporary folder stay
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="swarm-") as name:
-        folder = Path(name)
-        create_model(MODEL, folder / "model", 0)
-        prompts = "".join(json.dumps({"prompt": str(n), "answer": str(n)}) + "\n" for n in range(10_000, 20_000))
-        (folder / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    with numbers("swarm-") as folder:
         for repeat in range(repeats):
             rows.append(
                 run(

@@ -20,7 +20,6 @@ sums once more, from one bit a response, and in thousands of responses it did no
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +27,7 @@ from typing import Annotated
 import typer
 from msgspec import Struct
 
-from tools.experiments.running_total import LETTERS, Problem, write
+from tools.experiments.running_total import LETTERS, Problem, distinct, write
 
 MODULUS = 5
 EARLY = 2
@@ -77,17 +76,12 @@ def text(digits: Digits) -> str:
 def problems(count: int, seed: int, *, shortest: int, longest: int) -> list[Problem]:
     """`count` rows with distinct prompts of `shortest` to `longest` lines, a function of the arguments.
     Raises `ValueError` when there are not that many prompts."""
-    possible = MODULUS**4 * (longest - shortest + 1)
-    if count > possible:
-        raise ValueError(f"count: got {count}, expected at most {possible} for {shortest} to {longest} lines")
-    draw = random.Random(seed).random  # the only method of it that is the same in every Python
-    rows: dict[str, Problem] = {}
-    while len(rows) < count:
-        length = shortest + int(draw() * (longest - shortest + 1))
+
+    def drawn(draw: Callable[[], float], length: int) -> Problem:
         start, step = _digits(draw), _digits(draw)
-        row = problem(start, step, [_line(draw, early=line < EARLY) for line in range(length)])
-        rows.setdefault(row.prompt, row)
-    return list(rows.values())
+        return problem(start, step, [_line(draw, early=line < EARLY) for line in range(length)])
+
+    return distinct(drawn, count, seed, shortest=shortest, longest=longest, of_a_length=MODULUS**4)
 
 
 def _line(draw: Callable[[], float], *, early: bool) -> Line:

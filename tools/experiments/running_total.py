@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import random
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -66,16 +66,33 @@ def added(total: int, step: int) -> int:
 def problems(count: int, seed: int, *, shortest: int, longest: int) -> list[Problem]:
     """`count` rows with distinct prompts of `shortest` to `longest` lines, a function of the arguments.
     Raises `ValueError` when there are not that many prompts."""
-    possible = NUMBERS * NUMBERS * (longest - shortest + 1)
+
+    def drawn(draw: Callable[[], float], length: int) -> Problem:
+        start, step = int(draw() * NUMBERS), int(draw() * NUMBERS)
+        repeat = REPEATS[int(draw() * len(REPEATS))]
+        return problem(start, step, [draw() < repeat for _ in range(length)])
+
+    return distinct(drawn, count, seed, shortest=shortest, longest=longest, of_a_length=NUMBERS * NUMBERS)
+
+
+def distinct(
+    drawn: Callable[[Callable[[], float], int], Problem],
+    count: int,
+    seed: int,
+    *,
+    shortest: int,
+    longest: int,
+    of_a_length: int,
+) -> list[Problem]:
+    """`count` rows with distinct prompts, each `drawn` by a source of numbers below 1 and a length; there are `of_a_length`
+    prompts of each length. Raises `ValueError` when there are not that many."""
+    possible = of_a_length * (longest - shortest + 1)
     if count > possible:
         raise ValueError(f"count: got {count}, expected at most {possible} for {shortest} to {longest} lines")
     draw = random.Random(seed).random  # the only method of it that is the same in every Python
     rows: dict[str, Problem] = {}
     while len(rows) < count:
-        length = shortest + int(draw() * (longest - shortest + 1))
-        start, step = int(draw() * NUMBERS), int(draw() * NUMBERS)
-        repeat = REPEATS[int(draw() * len(REPEATS))]
-        row = problem(start, step, [draw() < repeat for _ in range(length)])
+        row = drawn(draw, shortest + int(draw() * (longest - shortest + 1)))
         rows.setdefault(row.prompt, row)
     return list(rows.values())
 
