@@ -143,12 +143,14 @@ class RewardConfig(Section, frozen=True):
 
 class LearnerConfig(Section, frozen=True):
     """`weight_updates`: "sparse" sends generators only the weights whose bits a step changed (a second copy of the weights
-    is kept for it), "dense" all of them; "auto" is sparse for bfloat16, where most weights round to what they were."""
+    is kept for it), "dense" all of them; "auto" is sparse for bfloat16, where most weights round to what they were.
+    After `decay_steps` steps, warm-up included, the rate has gone down to 0 on a straight line; 0 keeps it as it is."""
 
     lr: float
     ranks: int = 1
     updates_per_step: int = 1
     warmup_steps: int = 0
+    decay_steps: int = 0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = 1.0

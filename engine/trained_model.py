@@ -62,8 +62,14 @@ class TrainedModel:
         )
 
     def rate(self, step: int) -> float:
-        """The learning rate of the `step`-th step (from 1) that trains this model."""
-        return self.settings.lr * min(1.0, step / max(1, self.settings.warmup_steps))
+        """The learning rate of the `step`-th step (from 1) that trains this model: up during the warm-up, then as it is or, with
+        `decay_steps`, down. That many steps have a rate above 0."""
+        settings = self.settings
+        share = min(1.0, step / max(1, settings.warmup_steps))
+        if isinstance(settings, LearnerConfig) and settings.decay_steps:
+            left, all_down = (settings.decay_steps + 1 - since for since in (step, settings.warmup_steps))
+            share = min(share, max(0.0, left / max(1, all_down)))
+        return settings.lr * share
 
     def gradient(self, losses: Iterable[Tensor]) -> float:
         """Collects the gradient of an update, over all ranks; the loss. `losses` are those of its micro-batches, made one

@@ -66,6 +66,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps: got 0, expected at least 1"),
     ({"name": "a/b"}, "name: got 'a/b', expected one folder name"),
     ({"name": ".."}, "name: got '..'"),
+    ({"learner.warmup_steps": 9, "learner.decay_steps": 9}, "learner.decay_steps: got 9, expected at least 10"),
     ({"buffer.max_lag": -1}, "buffer.max_lag: got -1, expected at least 0"),
     ({"buffer.max_oversample": float("nan")}, "buffer.max_oversample: got nan, expected at least 1"),
     ({"learner.lr": 0.0}, "learner.lr: got 0.0, expected a positive number"),
@@ -156,6 +157,7 @@ def test_a_contradiction_is_refused_by_name(changes: dict[str, Any], said: str) 
 
 NOTES: list[tuple[dict[str, Any], str]] = [
     ({"learner.warmup_steps": 101}, "learner.warmup_steps = 101 exceeds steps = 100"),
+    ({"learner.decay_steps": 90}, "learner.decay_steps = 90 is less than steps = 100: lr is 0 in the steps after it"),
     ({"learner.checkpoint_every": 101}, "learner.checkpoint_every = 101 exceeds steps = 100"),
     ({"eval.every": 101}, "eval.every = 101 exceeds steps = 100"),
     ({"learner.updates_per_step": 5}, "groups_per_step = 32 is not a multiple of learner.updates_per_step = 5"),

@@ -17,6 +17,12 @@ def test_warm_up_is_linear_in_rollout_steps() -> None:
     assert rates == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4])
 
 
+def test_the_rate_goes_down_to_nothing_in_as_many_steps_as_are_set() -> None:
+    learner = TorchLearner(make_config(lr=0.4, warmup_steps=2, decay_steps=5), tiny_model())
+    rates = [learner.step(step, [make_batch(GROUPS, step=step)])["lr"] for step in range(1, 8)]
+    assert rates == pytest.approx([0.2, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
+
+
 def test_gradient_is_clipped_by_its_global_norm() -> None:
     batch = near_policy(make_batch(GROUPS))
     free, held = (TorchLearner(make_config(grad_clip=clip), tiny_model()) for clip in (0.0, 0.01))

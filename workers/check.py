@@ -247,7 +247,9 @@ def _whole(config: Config) -> Section:
         ("trained", f"{groups:,} groups = {samples:,} samples"),
         (
             "learning rate",
-            f"{config.learner.lr:g}" + (f", warm-up over {warm} steps = {warm * updates} updates" if warm else ""),
+            f"{config.learner.lr:g}"
+            + (f", warm-up over {warm} steps = {warm * updates} updates" if warm else "")
+            + (f", 0 after step {down}" if (down := config.learner.decay_steps) else ""),
         ),
         ("checkpoints", f"every {config.learner.checkpoint_every} steps, {config.learner.keep_checkpoints} kept"),
     ]

@@ -62,6 +62,7 @@ def _ranges(config: Config) -> Iterator[str]:
         ("learner.ranks", learner.ranks, 1),
         ("learner.updates_per_step", learner.updates_per_step, 1),
         ("learner.warmup_steps", learner.warmup_steps, 0),
+        ("learner.decay_steps", learner.decay_steps, learner.warmup_steps + 1 if learner.decay_steps else 0),
         ("learner.weight_decay", learner.weight_decay, 0),
         ("learner.threads", learner.threads, 1),
         ("learner.checkpoint_every", learner.checkpoint_every, 1),

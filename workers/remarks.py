@@ -43,6 +43,8 @@ def _idle_settings(config: Config) -> Iterator[str]:
     learner, evaluation = config.learner, config.eval
     if learner.warmup_steps > config.steps:
         yield f"learner.warmup_steps = {learner.warmup_steps} exceeds steps = {config.steps}: lr never reaches {learner.lr}"
+    if 0 < learner.decay_steps < config.steps:
+        yield f"learner.decay_steps = {learner.decay_steps} is less than steps = {config.steps}: lr is 0 in the steps after it"
     if learner.checkpoint_every > config.steps:
         yield f"learner.checkpoint_every = {learner.checkpoint_every} exceeds steps = {config.steps}: one checkpoint, at the end"
     if evaluation.every > config.steps:
