@@ -1,0 +1,105 @@
+"""What UTel's pretraining is worth: each arm is a pretraining and a tagging run of `configs/utel-receipts*.toml`, as data.
+
+All arms of a seed share word pieces, starting weights, pages, steps and rates; an arm's settings are all that differs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from engine.config import load_config
+from tools.experiments.runs import Run
+
+PRETRAINING, TAGGING = "configs/utel-receipts-pretrain.toml", "configs/utel-receipts.toml"
+SYNTHETIC_FIELDS = ["address", "birth_date", "buyer", "company", "date", "due_date", "email", "invoice_number", "name",
+                    "occupation", "phone", "subtotal", "tax", "total"]  # fmt: skip
+HELD_OUT = 100
+"""Pages of held-out companies (receipts) or templates (synthetic pages), the same for every seed and arm (but for 2)."""
+
+
+class PageArm(Struct, frozen=True):
+    """`settings` are the pretraining's `--set` texts, None without pretraining, which takes `times` as many steps as those
+    of the other arms; `boxes` and the model's `clip` distance are those of both runs."""
+
+    name: str
+    settings: tuple[str, ...] | None = ()
+    times: int = 1
+    boxes: Literal["seen", "hidden", "shuffled"] = "seen"
+    clip: int = 50
+
+
+class PageTable(Struct, frozen=True):
+    """The arms' pages are receipts or synthetic ones."""
+
+    data: Literal["receipts", "synthetic"]
+    arms: tuple[PageArm, ...]
+
+
+NO_SWP, NO_CWE = "objective.swp.weight=0", "objective.cwe.weight=0"
+ALL = PageArm("all")
+"""Its fresh model is the start of the other arms with its seed."""
+TASKS = (
+    PageArm("none", None),
+    PageArm("mllm", (NO_SWP, NO_CWE)),
+    PageArm("mllm-twice", (NO_SWP, NO_CWE), times=2),  # as often as the contrastive task sees a page
+    PageArm("mllm-swp", (NO_CWE,)),
+    PageArm("mllm-cwe", (NO_SWP,)),
+    ALL,
+    PageArm("text-only", (NO_SWP, NO_CWE), boxes="hidden"),  # without places no words are surrounding ones
+    PageArm("shuffled", (NO_SWP, NO_CWE), boxes="shuffled"),
+)
+CLIPS = tuple(PageArm(f"clip-{distance}", clip=distance) for distance in (0, 10, 25))
+CLIPS = (*CLIPS, ALL, PageArm("clip-100", clip=100), PageArm("clip-none", clip=-1))
+TABLES = {
+    "receipts": PageTable("receipts", TASKS),
+    "synthetic": PageTable("synthetic", TASKS),
+    "clip": PageTable("receipts", CLIPS),
+}
+"""By the names that the command line uses."""
+
+
+class PageExperiment(Struct, frozen=True):
+    """Where the runs of a table lie and what they have in common; `extra` are settings of all of them."""
+
+    table: PageTable
+    folder: Path
+    receipts: str
+    pretraining_steps: int
+    tagging_steps: int
+    extra: tuple[str, ...] = ()
+
+    def runs(self, arm: PageArm, seed: int) -> list[Run]:
+        """The arm's pretraining, if any, and its tagging, which is the last."""
+        before = [] if arm.settings is None else [self._pretraining(arm, seed)]
+        policy = f"{before[0].config.run_dir}/checkpoints/step-{before[0].config.steps:06d}" if before else ""
+        start = f'model.path="{policy}"' if policy else self._fresh(seed)
+        fields = [f"objective.fields={json.dumps(SYNTHETIC_FIELDS)}"] if self.table.data == "synthetic" else []
+        settings = ["cold_start=", start, *fields, f"eval.prompts={HELD_OUT}"]
+        name = f"{arm.name}-tag-s{seed}"
+        return [*before, self._run(TAGGING, name, arm, seed=seed, steps=self.tagging_steps, settings=settings)]
+
+    def _pretraining(self, arm: PageArm, seed: int) -> Run:
+        settings = [*(arm.settings or ()), *([] if arm == ALL else [self._fresh(seed)])]
+        steps = self.pretraining_steps * arm.times
+        return self._run(PRETRAINING, f"{arm.name}-s{seed}", arm, seed=seed, steps=steps, settings=settings)
+
+    def _fresh(self, seed: int) -> str:
+        return f'model.path="{self.folder}/{ALL.name}-s{seed}/model"'
+
+    def _run(self, path: str, name: str, arm: PageArm, *, seed: int, steps: int, settings: list[str]) -> Run:
+        if self.table.data == "synthetic":
+            own = [f'tasks=[{{type = "pages", synthetic = 4000, held_out = {HELD_OUT}}}]']
+        else:
+            own = [f'tasks.0.path="{self.receipts}"']
+        own += [f"seed={seed}", f"steps={steps}", f"eval.every={steps}"]
+        own += [f"learner.decay_steps={steps}"] if load_config(path).learner.decay_steps else []
+        own += [] if arm.clip == ALL.clip else [f"model.clip_distance={arm.clip}"]
+        if arm.boxes != "seen":
+            tasks = len(load_config(path, own).tasks)
+            own += [f'tasks.{index}.boxes="{arm.boxes}"' for index in range(tasks)]
+        settings = [f'runs="{self.folder}"', f'name="{name}"', *own, *settings, *self.extra]
+        return Run(path=path, settings=tuple(settings), config=load_config(path, settings))
