@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.config import JsonlTask, PythonScore
 from engine.documents.fields import FieldScore, compare, extract_fields, grade, total
-from engine.documents.values import find_amount, find_date, normal, read_amount, read_date, value_in
+from engine.documents.values import find_amount, find_date, has_cents, normal, read_amount, read_date, value_in
 from engine.rewards import RewardError, score
 
 MARCH = "2018-03-29"
@@ -49,6 +49,11 @@ def test_dates(text: str, day: str | None) -> None:
 )  # fmt: skip
 def test_amounts(text: str, value: str | None) -> None:
     assert read_amount(text) == value
+
+
+def test_cents() -> None:
+    assert all(has_cents(text) for text in ("7.50", "RM 1,234.50", "12,50 EUR", "7. 50"))
+    assert not any(has_cents(text) for text in ("7", "7.5", "1,234", "7.500", "7.50 3"))
 
 
 def test_values_inside_words() -> None:

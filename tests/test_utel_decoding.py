@@ -104,3 +104,24 @@ def test_a_company_begins_where_a_line_does() -> None:
     assert best_fields(page, figures(labels, rows), labels, ["company"])["company"].value == "POPULAR BOOK CO LTD"
     apart = page_of(words, [0, 1, 1, 1, 2, 2])
     assert best_fields(apart, figures(labels, rows), labels, ["company"])["company"].value == "BOOK CO LTD"
+
+
+def test_no_word_belongs_to_two_fields_and_the_surer_one_has_it() -> None:
+    labels = make_labels(["company", "address"])
+    words = ["ACME", "LTD", "12", "ROAD"]
+    rows: list[dict[str, float]] = [
+        {"B-company": 0.2, "O": 0.7}, {"E-company": 0.2, "O": 0.7},
+        {"B-company": 0.45, "B-address": 0.5}, {"E-company": 0.45, "E-address": 0.5},
+    ]  # fmt: skip
+    logits, page = figures(labels, rows), page_of(words, [0, 0, 1, 1])
+    assert best_fields(page, logits, labels, ["company"])["company"].value == "12 ROAD"
+    found = best_fields(page, logits, labels, ["company", "address"])
+    assert {name: field.value for name, field in found.items()} == {"company": "ACME LTD", "address": "12 ROAD"}
+    assert list(found) == ["company", "address"]
+
+
+def test_what_reads_as_no_date_and_no_amount_is_none() -> None:
+    words = ["13:30-R", "01/02/2018", "SEVEN", "14", "7.50"]
+    rows = [{"S-date": 0.8}, {"S-date": 0.05, "O": 0.9}, {"S-total": 0.9}, {"S-total": 0.6}, {"S-total": 0.1, "O": 0.8}]
+    found = best_fields(page_of(words), figures(BIES, rows), BIES, ["date", "total"])
+    assert {name: field.value for name, field in found.items()} == {"date": "01/02/2018", "total": "7.50"}

@@ -40,6 +40,16 @@ def normal(field: str, value: str) -> str:
     return alphanumeric(value) if reading is None else reading
 
 
+def reads_as(field: str, value: str) -> bool:
+    """Whether a value is of its field's kind: a date, an amount, or any text."""
+    match kind_of(field):
+        case "date":
+            return read_date(value) is not None
+        case "amount":
+            return read_amount(value) is not None
+    return True
+
+
 def alphanumeric(text: str) -> str:
     """Letters and digits alone, case folded: neither case nor punctuation nor spacing counts."""
     return "".join(char for char in unicodedata.normalize("NFKC", text).casefold() if char.isalnum())
@@ -159,6 +169,11 @@ def find_amount(text: str) -> str | None:
     """The last number in `text` that reads as an amount, as it stands there."""
     found = [match[0] for match in _FOUND_NUMBER.finditer(text[-1000:]) if read_amount(match[0]) is not None]
     return found[-1] if found else None
+
+
+def has_cents(text: str) -> bool:
+    """Whether an amount has exactly two decimals."""
+    return re.search(r"[.,]\s?\d\d(?!.*\d)", text[-_LONGEST:]) is not None
 
 
 def _plain(number: str) -> str:
