@@ -13,19 +13,20 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.critic import FOLDER as CRITIC
 from engine.critic import folder_settings
+from engine.gathered import Gathered, held
 from engine.models import named_weights
+from engine.tensor_file import StoredTensors, write_tensors
 
 WEIGHTS, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "headrace.json"
 FORMAT = 1
@@ -40,41 +41,50 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class CriticPart:
-    """A critic for a checkpoint; `source_folder` is where its tokenizer and its config are copied from."""
+class Part:
+    """A model for a checkpoint; `source_folder` is where its tokenizer and its config are copied from, and `settings` is
+    what its config.json says beyond that one."""
 
-    model: PreTrainedModel
+    weights: Gathered
+    optimizer: Gathered
     source_folder: Path
-    optimizer: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def take_part(self) -> None:
+        """On every rank that does not write, while one does."""
+        self.weights.take_part()
+        self.optimizer.take_part()
+
+
+def critic_part(critic: PreTrainedModel, weights: Gathered, optimizer: Gathered, source_folder: Path) -> Part:
+    """The part of a critic."""
+    return Part(weights, optimizer, source_folder, folder_settings(critic))
 
 
 def save_checkpoint(
     root: Path,
     step: int,
+    policy: Part,
     *,
-    model: nn.Module,
-    source_folder: str | Path,
-    optimizer: Mapping[str, Tensor],
     meta: Mapping[str, Any],
-    critic: CriticPart | None = None,
+    critic: Part | None = None,
 ) -> Path:
-    """Write ROOT/step-NNNNNN and return it; one of that name is replaced.
+    """Write ROOT/step-NNNNNN and return it; one of that name is replaced. Where ranks hold parts, one of them writes and all
+    others call the `take_part` of the policy, then of the critic.
 
-    The weights keep their dtype; config, tokenizer and chat template are copied from `source_folder`; `meta` is plain
-    JSON data and comes back from `load_checkpoint`. Raises `CheckpointError` when the disk does not take it; nothing of
-    it is left then, and older checkpoints are as they were.
+    The weights keep their dtype; config, tokenizer and chat template are copied from the source folder; `meta` is plain
+    JSON data and comes back from `load_checkpoint`. Tensors are written one after another. Raises `CheckpointError` when
+    the disk does not take it; nothing of it is left then, and older checkpoints are as they were.
     """
     final = root / f"step-{step:06d}"
 
     def write(folder: Path) -> None:
         names = [WEIGHTS, OPTIMIZER]
-        _write_model(folder, model, Path(source_folder), {})
-        save_file(_owned(optimizer), folder / OPTIMIZER)
+        _write_part(folder, policy)
         if critic is not None:
             names += [f"{CRITIC}/{WEIGHTS}", f"{CRITIC}/{OPTIMIZER}"]
             (folder / CRITIC).mkdir()
-            _write_model(folder / CRITIC, critic.model, critic.source_folder, folder_settings(critic.model))
-            save_file(_owned(critic.optimizer), folder / CRITIC / OPTIMIZER)
+            _write_part(folder / CRITIC, critic)
         files = {name: _digest(folder / name) for name in names}
         document = {"format": FORMAT, "files": files, "meta": {"step": step, **meta}}
         (folder / META).write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -83,14 +93,20 @@ def save_checkpoint(
     return final
 
 
-def save_critic(folder: Path, critic: PreTrainedModel, source_folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a critic's Hugging Face folder; `write` adds more files to it before it gets its name. Raises
-    `CheckpointError` when the disk does not take it, or there is a folder of that name."""
+def save_critic(
+    folder: Path,
+    critic: PreTrainedModel,
+    source_folder: Path,
+    write: Callable[[Path], None],
+    weights: Gathered | None = None,
+) -> None:
+    """Write a critic's Hugging Face folder; `write` adds more files to it before it gets its name. `weights` are named where
+    ranks hold parts of them. Raises `CheckpointError` when the disk does not take it, or there is a folder of that name."""
     if folder.exists():
         raise CheckpointError(f"critic {folder}: exists already")
 
     def both(temporary: Path) -> None:
-        _write_model(temporary, critic, source_folder, folder_settings(critic))
+        _write_model(temporary, weights or held(named_weights(critic)), source_folder, folder_settings(critic))
         write(temporary)
 
     _write_whole(folder, both, f"critic {folder}")
@@ -104,11 +120,12 @@ def latest_checkpoint(root: Path, *, until: int | None = None) -> Path | None:
 
 def load_checkpoint(
     path: Path, *, like: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """(weights by Hugging Face name, optimizer tensors, meta) of one checkpoint, on the CPU.
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Any]]:
+    """(weights by Hugging Face name, optimizer tensors, meta) of one checkpoint, on the CPU, each tensor read when it is
+    asked for.
 
     Raises `CheckpointError` for a missing or damaged file, and, with `like` (a model's `named_weights`), for the first
-    tensor that differs in name or shape.
+    tensor that differs in name, shape or type.
     """
     document = _read_meta(path)
     weights, optimizer = (_read_tensors(path, name, document["files"]) for name in (WEIGHTS, OPTIMIZER))
@@ -119,7 +136,7 @@ def load_checkpoint(
 
 def load_critic_checkpoint(
     path: Path, *, like: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """(weights, optimizer tensors) of the critic in one checkpoint, on the CPU. Raises `CheckpointError` as
     `load_checkpoint` does, and for a checkpoint of a run that had no critic."""
     files = _read_meta(path)["files"]
@@ -152,18 +169,23 @@ def _checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 def _check_same(path: Path, weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
     for name in sorted({*weights, *like}):
-        got = tuple(weights[name].shape) if name in weights else "no such tensor"
-        expected = tuple(like[name].shape) if name in like else "no such tensor"
+        own, other = weights.get(name), like.get(name)
+        got = tuple(own.shape) if own is not None else "no such tensor"
+        expected = tuple(other.shape) if other is not None else "no such tensor"
         if got != expected:
             raise CheckpointError(f"checkpoint {path}: of another model: {name}: got {got}, expected {expected}")
+        if own is not None and other is not None and own.dtype != other.dtype:
+            raise CheckpointError(
+                f"checkpoint {path}: of another type: {name}: got {own.dtype}, expected {other.dtype}, as learner.dtype says"
+            )
 
 
-def _read_tensors(path: Path, name: str, files: Mapping[str, str]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, name: str, files: Mapping[str, str]) -> Mapping[str, Tensor]:
     expected, got = files[name], _digest(path / name)
     if got != expected:
         raise CheckpointError(f"checkpoint {path}: {name} is damaged: got {got}, expected {expected}")
     try:
-        return load_file(path / name)
+        return StoredTensors(path / name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path}: {name} cannot be read: {error}") from error
 
@@ -194,10 +216,14 @@ def _write_whole(final: Path, write: Callable[[Path], None], where: str) -> None
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_model(folder: Path, model: nn.Module, source: Path, settings: Mapping[str, Any]) -> None:
-    weights = named_weights(model)
-    _copy_source(source, folder, weights, settings)
-    save_file(_owned(weights), folder / WEIGHTS, metadata={"format": "pt"})
+def _write_part(folder: Path, part: Part) -> None:
+    _write_model(folder, part.weights, part.source_folder, part.settings)
+    write_tensors(folder / OPTIMIZER, part.optimizer)
+
+
+def _write_model(folder: Path, weights: Gathered, source: Path, settings: Mapping[str, Any]) -> None:
+    _copy_source(source, folder, weights.like, settings)
+    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
 
 
 def _copy_source(source: Path, target: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -209,16 +235,6 @@ def _copy_source(source: Path, target: Path, weights: Mapping[str, Tensor], sett
     config.pop("torch_dtype", None)  # its older name; `transformers` loads in the dtype that stands here
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config | settings, indent=2), encoding="utf-8")
-
-
-def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each with a storage of its own: safetensors refuses views of a larger one."""
-    owned = {}
-    for name, tensor in tensors.items():
-        copy = tensor.detach().to("cpu").contiguous()
-        whole = copy.untyped_storage().nbytes() == copy.nbytes
-        owned[name] = copy if whole else copy.clone()
-    return owned
 
 
 def _digest(file: Path) -> str:

@@ -46,11 +46,11 @@ from protocols.messages import Sampling
 
 __all__ = [
     "AnyTask", "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective",
-    "DecoupledCorrection", "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract",
+    "DecoupledCorrection", "DeepSpeedBackend", "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract",
     "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig", "LengthAdaptive", "LevelOff", "LogTask",
     "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PagesTask", "PathModel", "PpoObjective",
     "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
-    "TorchEngine", "TruncatedCorrection", "UtelModel", "UtelObjective", "UtelTagObjective", "VapoObjective",
+    "TorchBackend", "TorchEngine", "TruncatedCorrection", "UtelModel", "UtelObjective", "UtelTagObjective", "VapoObjective",
     "VcppoObjective", "VllmEngine", "apply_override", "dump_config", "load_config", "parse_config", "policy_folder",
     "start_folder",
 ]  # fmt: skip
@@ -141,12 +141,26 @@ class RewardConfig(Section, frozen=True):
     overlong: Overlong | None = None
 
 
+class TorchBackend(Section, frozen=True, tag="torch"):
+    """Plain PyTorch: every rank keeps the whole model, its gradient and its optimizer."""
+
+
+class DeepSpeedBackend(Section, frozen=True, tag="deepspeed"):
+    """DeepSpeed (extra `deepspeed`): `zero` 1 gives every rank a part of the optimizer, 2 of the gradient too, 3 also of the
+    weights, but for those of at most `whole_below` elements. `offload` keeps the optimizer in the host's memory."""
+
+    zero: Literal[1, 2, 3] = 3
+    offload: bool = False
+    whole_below: int = 100_000
+
+
 class LearnerConfig(Section, frozen=True):
     """`weight_updates`: "sparse" sends generators only the weights whose bits a step changed (a second copy of the weights
     is kept for it), "dense" all of them; "auto" is sparse for bfloat16, where most weights round to what they were.
     After `decay_steps` steps, warm-up included, the rate has gone down to 0 on a straight line; 0 keeps it as it is."""
 
     lr: float
+    backend: TorchBackend | DeepSpeedBackend = TorchBackend()
     ranks: int = 1
     updates_per_step: int = 1
     warmup_steps: int = 0

@@ -22,11 +22,13 @@ from engine.config import Config, ConfigError, UtelObjective, UtelTagObjective
 from engine.documents.fields import FieldScore, compare, total
 from engine.documents.page import Page
 from engine.documents.page_rows import PageText, ReadPage, page_in, page_of, tags_in, varied
+from engine.gathered import Gathered
 from engine.level_off import Pretraining as ValuePretraining
 from engine.rows import Row
 from engine.tasks import Source, page_tasks
 from engine.totals import Totals
-from engine.trained_model import Ranks, TrainedModel
+from engine.trained_model import Ranks
+from engine.trained_torch import TorchModel
 from engine.utel.decoding import best_fields
 from engine.utel.encode import EncodedPage, encode_page
 from engine.utel.folder import fill, load_utel, read_weights
@@ -60,7 +62,7 @@ class PageLearner:
             case _:
                 raise ConfigError(f'{config.source}: objective.type: expected "utel" or "utel-tag"')
         self.model.to(self.device).train()
-        self.trained = TrainedModel(
+        self.trained = TorchModel(
             "UTel",
             self.model,
             config.learner,
@@ -81,7 +83,7 @@ class PageLearner:
             prepared = self._prepare(batch, step)
             totals.add(prepared.sums)
             denominators = self._over_ranks(prepared.counts)
-            loss = self.trained.gradient(self._losses(prepared, denominators, totals))
+            loss = self.trained.gradient(self._losses(prepared, denominators, totals), 0)
             norm = self.trained.norm(loss, f"step {step}, update {index + 1} of {len(updates)}")
             self.trained.step(rate, norm)
             losses.append(loss)
@@ -113,13 +115,17 @@ class PageLearner:
             figures = tag_figures(rows, tags, values)
         return {f"held_out_{name}": value for name, value in figures.items()}
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The live tensors by name, for a checkpoint."""
-        return self.trained.optimizer.state()
+    def weights(self) -> Gathered:
+        """The model's weights by name."""
+        return self.trained.weights()
 
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `optimizer_state()` of an equal model. Raises ValueError for tensors that do not fit."""
-        self.trained.optimizer.load_state(state)
+    def optimizer_state(self) -> Gathered:
+        """The state of its optimizer, for a checkpoint."""
+        return self.trained.optimizer_state()
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Continue from those of an equal model. Raises ValueError for tensors that do not fit."""
+        self.trained.load(weights, optimizer)
 
     @cached_property
     def _held_out(self) -> list[Row]:

@@ -1,8 +1,10 @@
-"""The learner in plain PyTorch: one process per rank, every rank with the whole model.
+"""The learner: one process per rank. How a model, its gradient and its optimizer lie on the ranks is the backend's affair
+(`engine.trained_model`): in plain PyTorch every rank has the whole of them.
 
 One rollout step is one or more updates. Each update's gradient is that of one loss over all of its tokens, whatever their
 split: micro-batches of packed rows add to it one after another, ranks are summed at the end, and the denominators were
-counted over all ranks before. A rank without data in an update still takes part in its collectives.
+counted over all ranks before. A rank without data in an update still takes part in its collectives, and where the backend
+wants ranks to keep in step, in its micro-batches.
 
 With a critic, each update is one of the policy and one of the critic, on the same packed rows. The first steps may train
 the critic alone.
@@ -10,7 +12,7 @@ the critic alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,17 +21,21 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.config import Config, CriticConfig, LearnerConfig
-from engine.critic import token_values
+from engine.config import Config, CriticConfig, DeepSpeedBackend, LearnerConfig, TorchBackend
+from engine.critic import HEAD, token_values
+from engine.devices import resolve_device
+from engine.gathered import Gathered, held
 from engine.host_memory import return_freed_tensors
+from engine.learn_deepspeed_start import installed_version, set_environment
 from engine.level_off import Pretraining
 from engine.logprobs import token_logprobs
-from engine.models import hidden_states, output_weight
+from engine.models import DTYPES, hidden_states, named_weights, output_weight
 from engine.objectives import Objective, Targets, make_objective, make_pretraining
 from engine.optimizer import Optimizer
-from engine.packing import Pack, pack
+from engine.packing import Pack, idle_pack, pack
 from engine.totals import Totals
 from engine.trained_model import NonFiniteError, Ranks, TrainedModel
+from engine.trained_torch import TorchModel
 from protocols.messages import Batch
 
 __all__ = ["NonFiniteError", "TorchLearner"]
@@ -78,6 +84,7 @@ class TorchLearner:
             self.policy = self._trained("policy", model, config.learner)
         if critic is not None and config.critic is not None:
             self.critic = self._trained("critic", critic, config.critic)
+        self.device = next((own.device for own in (self.policy, self.critic) if own is not None), self.device)
         if self.objective.value_loss is not None and self.critic is None:
             raise ValueError(
                 f"objective {config.objective.__struct_config__.tag}: got no critic, expected one to train"
@@ -109,37 +116,63 @@ class TorchLearner:
         return metrics
 
     def _trained(self, name: str, model: PreTrainedModel, settings: LearnerConfig | CriticConfig) -> TrainedModel:
-        return TrainedModel(
+        bucket_bytes, layers = self.settings.bucket_mb << 20, self.settings.gradient_checkpointing
+        backend, device = self.settings.backend, resolve_device(self.settings.device)
+        if isinstance(backend, TorchBackend):
+            return TorchModel(
+                name, model, settings, ranks=self.ranks, bucket_bytes=bucket_bytes, gradient_checkpointing=layers
+            )
+        installed_version()
+        set_environment(device)
+        from engine.learn_deepspeed import DeepSpeedModel  # a heavy package, and an extra
+
+        output = model.get_output_embeddings()
+        outside = [output.weight] if output is not None else list(model.get_submodule(HEAD).parameters())
+        return DeepSpeedModel(
             name,
             model,
             settings,
+            backend=backend,
+            outside=outside,
+            dtype=DTYPES[self.settings.dtype],
+            device=device,
             ranks=self.ranks,
-            bucket_bytes=self.settings.bucket_mb << 20,
-            gradient_checkpointing=self.settings.gradient_checkpointing,
+            bucket_bytes=bucket_bytes,
+            gradient_checkpointing=layers,
         )
 
     @property
     def optimizer(self) -> Optimizer:
-        """The policy's."""
-        if self.policy is None:
-            raise ValueError("learner: this objective does not train the policy, so there is no optimizer of it")
+        """The policy's, where it is whole on every rank."""
+        if not isinstance(self.policy, TorchModel):
+            raise ValueError("learner: there is no optimizer of the policy that is whole on this rank")
         return self.policy.optimizer
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The live tensors of the policy's optimizer by name, for a checkpoint; see `Optimizer.state`. Empty where it is
-        not trained."""
-        return self.policy.optimizer.state() if self.policy is not None else {}
-
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `optimizer_state()` of an equal model. Raises ValueError for tensors that do not fit."""
+    def weights(self) -> Gathered:
+        """The policy's weights by Hugging Face name, for its hash, a checkpoint or the generators."""
         if self.policy is not None:
-            self.policy.optimizer.load_state(state)
+            return self.policy.weights()
+        return held(named_weights(self.model) if self.model is not None else {})
+
+    def optimizer_state(self) -> Gathered:
+        """The state of the policy's optimizer by name, for a checkpoint. Empty where the policy is not trained."""
+        return self.policy.optimizer_state() if self.policy is not None else held({})
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Continue from `weights()` and `optimizer_state()` of an equal policy. Raises ValueError for tensors that do not
+        fit."""
+        if self.policy is not None:
+            self.policy.load(weights, optimizer)
+        elif self.model is not None:
+            with torch.no_grad():
+                for name, parameter in named_weights(self.model).items():
+                    parameter.copy_(weights[name])
 
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _prepare(self, objective: Objective, step: int, batches: list[Batch]) -> list[Update]:
         """All that the losses want from before the step's first update."""
-        packs = [pack(batch, token_budget=self.settings.token_budget, device=self.device) for batch in batches]
+        packs = self.paced([self.packs(batch) for batch in batches])
         with_values = objective.value_loss is not None
         values = [
             self.values(batch, micro) if with_values else None for batch, micro in zip(batches, packs, strict=True)
@@ -168,7 +201,8 @@ class TorchLearner:
         losses = {"policy": self._policy_losses, "critic": self._value_losses}
         trained = {"policy": self.policy, "critic": self.critic}
         chosen = {name: model for name, model in trained.items() if model is not None and name in rates}
-        found = {name: model.gradient(losses[name](objective, update, totals)) for name, model in chosen.items()}
+        count = len(update.packs)
+        found = {name: model.gradient(losses[name](objective, update, totals), count) for name, model in chosen.items()}
         checked = {name: (found[name], model.norm(found[name], where)) for name, model in chosen.items()}
         for name, model in chosen.items():
             model.step(rates[name], checked[name][1])
@@ -189,7 +223,7 @@ class TorchLearner:
         if objective.value_loss is None or self.critic is None:
             return
         for micro_batch in update.packs:
-            values = token_values(self.critic.model, micro_batch)
+            values = self.critic.call(token_values, micro_batch)
             loss, sums = objective.value_loss(micro_batch, update.targets, values, counts=update.counts)
             yield loss
             totals.add(sums)
@@ -202,14 +236,29 @@ class TorchLearner:
         values = np.zeros(len(batch.tokens), np.float32)
         for micro_batch in packs:
             if self.critic is not None:
-                values[micro_batch.tokens] = token_values(self.critic.model, micro_batch).cpu().numpy()
+                values[micro_batch.tokens] = self.critic.call(token_values, micro_batch).cpu().numpy()
         return values
+
+    def packs(self, batch: Batch) -> list[Pack]:
+        """The micro-batches of a batch."""
+        return pack(batch, token_budget=self.settings.token_budget, device=self.device)
+
+    def paced(self, packs: list[list[Pack]]) -> list[list[Pack]]:
+        """The micro-batches of several batches, and behind them as many without any token as the ranks need to keep in step.
+        All ranks call this for equally many batches."""
+        if not any(model.in_step for model in (self.policy, self.critic) if model is not None):
+            return packs
+        counts = np.array([len(own) for own in packs])
+        missing = self.ranks.maximum(counts, self.device).astype(int) - counts
+        return [[*own, *[idle_pack(self.device)] * lack] for own, lack in zip(packs, missing.tolist(), strict=True)]
 
     def _logprobs(self, micro_batch: Pack) -> tuple[Tensor, Tensor]:
         """(logp, entropy) [T] of the pack's tokens."""
-        hidden = hidden_states(self.model, micro_batch.ids, micro_batch.positions, micro_batch.attention)
-        states = hidden.index_select(0, micro_batch.predictors)
-        return token_logprobs(states, output_weight(self.model), micro_batch.targets, temperature=self.temperature)
+        if self.policy is None:
+            raise ValueError(
+                "learner: this objective does not train the policy, so it is asked for no log-probabilities"
+            )
+        return self.policy.call(_pack_logprobs, micro_batch, self.temperature)
 
     @torch.no_grad()
     def _old_logprobs(self, micro_batch: Pack) -> Tensor:
@@ -245,6 +294,26 @@ _SUMS = dict.fromkeys(
 )
 
 
+def versions(settings: LearnerConfig) -> dict[str, str]:
+    """What ranks that train together must have in common. Raises `ConfigError` where the backend is missing or of a version
+    that is not supported."""
+    found = {"torch": torch.__version__, "dtype": settings.dtype, "backend": settings.backend.__struct_config__.tag}
+    if isinstance(settings.backend, DeepSpeedBackend):
+        found |= {"DeepSpeed": installed_version(), "zero": str(settings.backend.zero)}
+    return {name: str(value) for name, value in found.items()}
+
+
+def load_place(settings: LearnerConfig, device: str) -> str:
+    """Where a model is to be read: a rank that keeps a part takes it from the host's memory."""
+    return "cpu" if isinstance(settings.backend, DeepSpeedBackend) else device
+
+
+def _pack_logprobs(model: PreTrainedModel, micro_batch: Pack, temperature: float) -> tuple[Tensor, Tensor]:
+    hidden = hidden_states(model, micro_batch.ids, micro_batch.positions, micro_batch.attention)
+    states = hidden.index_select(0, micro_batch.predictors)
+    return token_logprobs(states, output_weight(model), micro_batch.targets, temperature=temperature)
+
+
 def _batch_sums(batch: Batch, targets: Targets, packs: list[Pack]) -> dict[str, np.ndarray]:
     responses, tokens = len(batch.lengths), len(batch.tokens)
     sums = {
@@ -253,7 +322,7 @@ def _batch_sums(batch: Batch, targets: Targets, packs: list[Pack]) -> dict[str, 
         "responses": responses,
         "reward": batch.rewards.sum(dtype=np.float64),
         "correct": batch.correct.sum(),
-        "inputs": sum(len(micro_batch.ids) for micro_batch in packs),
+        "inputs": sum(len(micro_batch.ids) for micro_batch in packs if len(micro_batch.tokens)),
         "inputs_unshared": (batch.prompt_lengths * batch.sizes).sum() + tokens - responses,
     }
     return {name: np.array([value], dtype=np.float64) for name, value in sums.items()}

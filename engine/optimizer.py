@@ -10,7 +10,7 @@ masters, and the model gets them rounded. (Steps of lr 1e-6 would be lost in bfl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -48,10 +48,6 @@ class Optimizer:
         rows = torch.linalg.vector_norm(self.gradient[:whole].view(-1, NORM_ROW), dim=1).double()
         return math.hypot(float(rows.norm()), float(self.gradient[whole:].norm()))
 
-    def non_finite(self) -> list[str]:
-        """Names of the weights whose gradient has an entry that is not finite."""
-        return [name for name, view in self.views.items() if not bool(torch.isfinite(view).all())]
-
     def step(self, lr: float, *, norm: float, clip: float) -> None:
         """One AdamW step at `lr` with the gradient of global norm `norm`, scaled down to norm `clip` (0: never)."""
         if clip and norm > clip:
@@ -77,17 +73,12 @@ class Optimizer:
                 state[f"master.{name}"] = master.detach()
         return state
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave, also to the model's weights where there are masters. Raises ValueError for
         tensors that do not fit this model."""
         own = self.state()
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
-            raise ValueError(f"optimizer state: {len(odd)} tensors are missing or unknown, the first is {odd[0]}")
+        check_state(own, state)
         for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                got, expected = list(state[name].shape), list(tensor.shape)
-                raise ValueError(f"optimizer state: {name}: got shape {got}, expected {expected}")
             tensor.copy_(state[name])
         with torch.no_grad():
             for name, master in self.masters.items():
@@ -106,6 +97,17 @@ class Optimizer:
             if self.masters[name] is not weight:
                 weight.register_post_accumulate_grad_hook(_collect(view))
         return views
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError when an optimizer's tensors are not those of a model whose own are `own`."""
+    if own.keys() != state.keys():
+        odd = sorted(own.keys() ^ state.keys())
+        raise ValueError(f"optimizer state: {len(odd)} tensors are missing or unknown, the first is {odd[0]}")
+    for name, tensor in own.items():
+        if tensor.shape != (found := state[name]).shape:
+            got, expected = list(found.shape), list(tensor.shape)
+            raise ValueError(f"optimizer state: {name}: got shape {got}, expected {expected}")
 
 
 def _master(weight: Tensor) -> Tensor:

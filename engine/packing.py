@@ -111,6 +111,14 @@ def pack(batch: Batch, *, token_budget: int, device: torch.device | str) -> list
     return [_lay_out(batch, sorted(units, key=lambda unit: unit.responses[0]), device) for units in bins]
 
 
+def idle_pack(device: torch.device | str) -> Pack:
+    """A micro-batch of one input position and no token: its loss is 0, and so is the gradient of every weight."""
+    nothing, nobody = torch.zeros(0, dtype=torch.int64, device=device), np.zeros(0, np.int64)
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    attention = PackedAttention(np.array([(0, 1, 0, 0)]), device)
+    return Pack(one, one, attention, nothing, nothing, nobody, nobody, nothing, (0, 1))
+
+
 def _units(batch: Batch, token_budget: int) -> list[_Unit]:
     units: list[_Unit] = []
     first = 0

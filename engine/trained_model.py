@@ -1,10 +1,15 @@
-"""A model that is trained: its optimizer, and one gradient after another, over all ranks."""
+"""A model that is trained, one update after another, over all ranks: what every form of the learner's backend can do.
+
+`engine.trained_torch` keeps the whole model on every rank, `engine.learn_deepspeed` parts of it. The learner sees neither.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engine.config import CriticConfig, LearnerConfig
-from engine.models import named_weights
-from engine.optimizer import Optimizer
+from engine.gathered import Gathered
+
+T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
@@ -32,34 +38,29 @@ class Ranks:
 
     def sum(self, values: np.ndarray, device: torch.device) -> np.ndarray:
         """Element-wise sum over the ranks, in fp64; the same on every rank."""
+        return self._reduce(values, device, dist.ReduceOp.SUM)
+
+    def maximum(self, values: np.ndarray, device: torch.device) -> np.ndarray:
+        """Element-wise maximum over the ranks, in fp64; the same on every rank."""
+        return self._reduce(values, device, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: np.ndarray, device: torch.device, operation: Any) -> np.ndarray:
         if self.world == 1:
             return values
         tensor = torch.from_numpy(values.astype(np.float64)).to(device)
-        dist.all_reduce(tensor, group=self.group)
+        dist.all_reduce(tensor, operation, group=self.group)
         return tensor.cpu().numpy()
 
 
-class TrainedModel:
-    """`model` in place, with the rates of `settings`; `name` is the model's in errors. `bucket_bytes` bounds the transport's
-    buffers."""
+class TrainedModel(ABC):
+    """`model` with the rates of `settings`; `name` is the model's in errors."""
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        settings: LearnerConfig | CriticConfig,
-        *,
-        ranks: Ranks,
-        bucket_bytes: int,
-        gradient_checkpointing: bool,
-    ) -> None:
-        self.name, self.model, self.settings, self.ranks, self.bucket_bytes = name, model, settings, ranks, bucket_bytes
+    in_step = False
+    """Whether the ranks must make the same calls of the model in the same order, with data or without."""
+
+    def __init__(self, name: str, model: nn.Module, settings: LearnerConfig | CriticConfig, *, ranks: Ranks) -> None:
+        self.name, self.model, self.settings, self.ranks = name, model, settings, ranks
         self.device = next(model.parameters()).device
-        if gradient_checkpointing and isinstance(model, PreTrainedModel):
-            _checkpoint_layers(model)
-        self.optimizer = Optimizer(
-            named_weights(model), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-        )
 
     def rate(self, step: int) -> float:
         """The learning rate of the `step`-th step (from 1) that trains this model: up during the warm-up, then as it is or, with
@@ -71,24 +72,23 @@ class TrainedModel:
             share = min(share, max(0.0, left / max(1, all_down)))
         return settings.lr * share
 
-    def gradient(self, losses: Iterable[Tensor]) -> float:
-        """Collects the gradient of an update, over all ranks; the loss. `losses` are those of its micro-batches, made one
-        after another."""
-        self.optimizer.gradient.zero_()
+    def gradient(self, losses: Iterable[Tensor], count: int) -> float:
+        """Collects the gradient of an update, over all ranks; the loss. `losses` are those of its `count` micro-batches, made
+        one after another."""
+        self._start_gradient()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for loss in losses:
-            loss.backward()
+        for index, loss in enumerate(losses):
+            self._backward(loss, last=index == count - 1)
             total += loss.detach()
-        if self.ranks.world > 1:
-            self.optimizer.sum_over_ranks(self.ranks.group, self.bucket_bytes)
+        self._finish_gradient()
         return float(self.ranks.sum(np.array([total.item()]), self.device)[0])
 
     def norm(self, loss: float, where: str) -> float:
         """The gradient's global norm. Raises `NonFiniteError` when it or the loss is not finite."""
-        norm = self.optimizer.norm()
+        norm = self._norm()
         if math.isfinite(loss) and math.isfinite(norm):
             return norm
-        bad = self.optimizer.non_finite()
+        bad = [name for name, gradient in self.gradients() if not bool(torch.isfinite(gradient).all())]
         what = f"the gradient of {len(bad)} weights, the first is {bad[0]}" if bad else "the gradient's norm"
         if not math.isfinite(loss):
             what = f"the loss ({loss}) and {what}"
@@ -96,14 +96,56 @@ class TrainedModel:
             f"learner rank {self.ranks.rank}: {where}: {self.name}: not finite: {what}; the weights are unchanged"
         )
 
+    # --- what a form brings --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(model, *arguments)`, with the weights that it uses in place."""
+
+    @abstractmethod
+    def _start_gradient(self) -> None:
+        """An update begins."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of one micro-batch; `last` of its update."""
+
+    @abstractmethod
+    def _finish_gradient(self) -> None:
+        """The gradient is complete on this rank; afterwards it is that over all ranks."""
+
+    @abstractmethod
+    def _norm(self) -> float:
+        """The gradient's global norm; not finite when one of its entries is not."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole gradient of each weight, between `gradient` and `step`. All ranks go through it."""
+
+    @abstractmethod
     def step(self, rate: float, norm: float) -> None:
         """Takes the step of the gradient, whose norm this is."""
-        self.optimizer.step(rate, norm=norm, clip=self.settings.grad_clip)
+
+    @abstractmethod
+    def weights(self) -> Gathered:
+        """The model's weights by Hugging Face name, sorted."""
+
+    @abstractmethod
+    def optimizer_state(self) -> Gathered:
+        """`step`, and by the weights' names `exp_avg.NAME`, `exp_avg_sq.NAME` and, in bfloat16, `master.NAME`: the same for
+        every form, so that what one has saved another continues, on any number of ranks."""
+
+    @abstractmethod
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Continues from `weights()` and `optimizer_state()` of an equal model. Every rank gets all of them. Raises
+        ValueError for tensors of the optimizer that do not fit."""
 
 
-def _checkpoint_layers(model: PreTrainedModel) -> None:
+def checkpoint_layers(model: nn.Module) -> None:
     """Keep only each layer's input for the backward pass. Layers do so in training mode alone, which is set for them and
     not for what is inside, where it would switch dropout on."""
+    if not isinstance(model, PreTrainedModel):
+        return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

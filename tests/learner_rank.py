@@ -13,8 +13,11 @@ import torch.distributed as dist
 from learner_cases import make_batch, make_config, select, tiny_critic, tiny_model
 from safetensors.torch import save_file
 
+from engine.config import ConfigError
 from engine.learn_torch import NonFiniteError, TorchLearner
 from engine.models import named_weights
+from engine.rank_versions import check_same_versions
+from engine.trained_model import Ranks
 from protocols.messages import Batch
 
 GROUPS = [(5, [3, 1, 9]), (4, [2, 6, 4]), (12, [8, 3, 4]), (3, [1, 2])]
@@ -62,6 +65,11 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        check_same_versions(Ranks(rank, 2), "cpu", {"torch": "2.13.0", "DeepSpeed": f"0.19.{7 + rank}"})
+    except ConfigError as error:
+        (folder / f"versions{rank}.error").write_text(str(error))
+    check_same_versions(Ranks(rank, 2), "cpu", {"torch": "2.13.0"})
     for job in JOBS:
         try:
             metrics, tensors = train(job, rank, 2)

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.checkpoint import (
     CheckpointError,
+    Part,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
 from engine.config import NewModel
+from engine.gathered import held
 from engine.models import create_model, load_model, named_weights
 from engine.text import TextModel
 
@@ -48,7 +50,7 @@ def save(source: Path, root: Path, step: int, *, dtype: str = "float32", shift: 
         "step": torch.tensor(3, dtype=torch.int64),
     }
     meta = {"weights_hash": "ab12", "code_version": "0.1", "config": {"name": "r", "steps": 9}}
-    path = save_checkpoint(root, step, model=model, source_folder=source, optimizer=optimizer, meta=meta)
+    path = save_checkpoint(root, step, Part(held(named_weights(model)), held(optimizer), source), meta=meta)
     return path, {name: tensor.detach().clone() for name, tensor in named_weights(model).items()}
 
 
@@ -179,8 +181,9 @@ WRITER = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from engine.checkpoint import CheckpointError, save_checkpoint
-from engine.models import load_model
+from engine.checkpoint import CheckpointError, Part, save_checkpoint
+from engine.gathered import held
+from engine.models import load_model, named_weights
 source, root, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 model = load_model(source, dtype="float32", device="cpu")
 if limit:
@@ -190,7 +193,7 @@ print("ready", flush=True)
 big = {"exp_avg": torch.zeros(4_000_000)}
 try:
     for step in range(2, 3 if limit else 10_000):
-        save_checkpoint(root, step, model=model, source_folder=source, optimizer=big, meta={})
+        save_checkpoint(root, step, Part(held(named_weights(model)), held(big), source), meta={})
 except CheckpointError as error:
     print(error)
     sys.exit(3)

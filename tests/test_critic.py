@@ -12,7 +12,8 @@ from transformers import AutoModelForTokenClassification
 
 from engine.checkpoint import (
     CheckpointError,
-    CriticPart,
+    Part,
+    critic_part,
     load_checkpoint,
     load_critic_checkpoint,
     save_checkpoint,
@@ -20,6 +21,7 @@ from engine.checkpoint import (
 )
 from engine.config import ConfigError, NewModel
 from engine.critic import load_critic, token_values
+from engine.gathered import held
 from engine.models import create_model, load_model, named_weights
 from engine.packing import pack
 
@@ -124,9 +126,13 @@ def test_a_critic_that_is_not_one_of_this_policy_is_refused_with_both_sides(
 
 @pytest.fixture
 def checkpoint(critic: Path, policy: Path, tmp_path: Path) -> Path:
-    part = CriticPart(load_critic(critic, policy, dtype="float32", device="cpu"), critic, {"step": torch.tensor(3.0)})
-    model = load_model(policy, dtype="float32", device="cpu")
-    return save_checkpoint(tmp_path / "c", 5, model=model, source_folder=policy, optimizer={}, meta={}, critic=part)
+    model = load_critic(critic, policy, dtype="float32", device="cpu")
+    part = critic_part(model, held(named_weights(model)), held({"step": torch.tensor(3.0)}), critic)
+    return save_checkpoint(tmp_path / "c", 5, policy_part(policy), meta={}, critic=part)
+
+
+def policy_part(folder: Path) -> Part:
+    return Part(held(named_weights(load_model(folder, dtype="float32", device="cpu"))), held({}), folder)
 
 
 def test_a_checkpoints_critic_comes_back_and_is_a_critic_folder(checkpoint: Path, critic: Path, policy: Path) -> None:
@@ -153,8 +159,7 @@ def test_a_damaged_critic_is_named(name: str, damage: str, checkpoint: Path) -> 
 
 
 def test_a_checkpoint_without_a_critic_says_so(policy: Path, tmp_path: Path) -> None:
-    model = load_model(policy, dtype="float32", device="cpu")
-    path = save_checkpoint(tmp_path / "c", 5, model=model, source_folder=policy, optimizer={}, meta={})
+    path = save_checkpoint(tmp_path / "c", 5, policy_part(policy), meta={})
     with pytest.raises(CheckpointError, match="it has no critic"):
         load_critic_checkpoint(path)
     assert "critic" not in json.dumps(sorted(json.loads((path / "headrace.json").read_text())["files"]))

@@ -94,6 +94,11 @@ def test_protocols_import_only_what_a_peer_needs(module: str) -> None:
     assert not foreign, f"{module} imports {sorted(foreign)}"
 
 
+def test_one_file_imports_deepspeed() -> None:
+    importers = [name for name in ALL if "deepspeed" in {top(found) for found in imports(name)}]
+    assert importers == ["engine.learn_deepspeed"]
+
+
 def reached(start: str) -> dict[str, str]:
     """Every module of ours that `start` leads to, with the one that imports it; packages on the way run too."""
     reasons = {start: ""}

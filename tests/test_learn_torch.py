@@ -211,6 +211,14 @@ def test_a_rank_with_bad_numbers_stops_all_ranks(two_ranks: Path) -> None:
         assert f"learner rank {rank}: step 1, update 1 of 2: policy: not finite" in error
 
 
+def test_ranks_of_different_versions_are_refused_on_each(two_ranks: Path) -> None:
+    expected = (
+        "learner ranks differ: rank 0 has torch 2.13.0, DeepSpeed 0.19.7; rank 1 has torch 2.13.0, DeepSpeed 0.19.8;"
+    )
+    for rank in (0, 1):
+        assert (two_ranks / f"versions{rank}.error").read_text().startswith(expected)
+
+
 # --- masked and bad data -------------------------------------------------------------------------------------------
 
 

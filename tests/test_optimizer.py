@@ -7,7 +7,6 @@ import torch
 from learner_cases import GROUPS, make_batch, make_config, near_policy, same_bits, tiny_model, weights_of
 
 from engine.learn_torch import TorchLearner
-from engine.models import named_weights
 from engine.optimizer import Optimizer
 
 
@@ -45,30 +44,25 @@ def test_resumed_training_continues_to_the_same_bits(dtype: str) -> None:
 
     other = tiny_model(dtype=getattr(torch, dtype))
     resumed = TorchLearner(config, other)
-    with torch.no_grad():
-        for name, weight in named_weights(other).items():
-            weight.copy_(weights[name])
-    resumed.load_optimizer_state(state)
+    resumed.load(weights, state)
     resumed.step(2, batches[1:])
     assert same_bits(weights_of(other), weights_of(model))
-    assert same_bits(resumed.optimizer_state(), learner.optimizer_state())
+    assert same_bits(resumed.optimizer.state(), learner.optimizer.state())
 
 
 def test_optimizer_state_of_another_model_is_refused() -> None:
     learner = TorchLearner(make_config(), tiny_model())
-    state = learner.optimizer_state()
+    weights, state = weights_of(learner.model), learner.optimizer.state()
     with pytest.raises(ValueError, match=r"1 tensors are missing or unknown, the first is exp_avg\."):
-        learner.load_optimizer_state(
-            {name: t for name, t in state.items() if not name.endswith("avg.model.norm.weight")}
-        )
+        learner.load(weights, {name: t for name, t in state.items() if not name.endswith("avg.model.norm.weight")})
     with pytest.raises(ValueError, match=r"model\.norm\.weight: got shape \[3\], expected \[32\]"):
-        learner.load_optimizer_state(state | {"exp_avg.model.norm.weight": torch.zeros(3)})
+        learner.load(weights, state | {"exp_avg.model.norm.weight": torch.zeros(3)})
 
 
 def test_bfloat16_keeps_steps_that_its_weights_cannot_show() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     learner = TorchLearner(make_config(dtype="bfloat16", lr=1e-6, weight_decay=0.0), model)
-    weight, master = model.model.norm.weight, learner.optimizer_state()["master.model.norm.weight"]
+    weight, master = model.model.norm.weight, learner.optimizer.state()["master.model.norm.weight"]
     before = master.clone()
     learner.step(1, [near_policy(make_batch(GROUPS))])
     assert (master != before).all()  # by about 1e-6 of 1.0, where bfloat16 has steps of 8e-3

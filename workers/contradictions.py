@@ -14,6 +14,7 @@ from engine.config import (
     Config,
     ConfigError,
     DapoObjective,
+    DeepSpeedBackend,
     IcepopCorrection,
     JsonlTask,
     NewModel,
@@ -83,6 +84,8 @@ def _ranges(config: Config) -> Iterator[str]:
         ("eval.temperature", evaluation.temperature),
         ("eval.top_p", evaluation.top_p),
     ]
+    if isinstance(learner.backend, DeepSpeedBackend):
+        at_least.append(("learner.backend.whole_below", learner.backend.whole_below, 0))
     if config.generator is not None:
         at_least += [
             ("generator.count", config.generator.count, 0),

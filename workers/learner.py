@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from engine.config import Config, LearnerConfig
 from engine.devices import resolve_device
-from engine.models import named_weights
 from engine.weights import Publisher
 from protocols import messages as m
 from protocols.link import Client
@@ -57,6 +56,8 @@ def run(config: Config, join: str) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(config.learner.threads)
     device = resolve_device(config.learner.device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world > 1:
         timeout = timedelta(seconds=config.learner.peer_timeout_s)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
@@ -89,8 +90,10 @@ class Learner:
         self.published_s = 0.0
         self.over: Over | None = None
         self.announced_to: m.Welcome | None = None
-        if rank == 0 and config.generator is not None:
-            self._open_publisher(device)
+        if config.generator is not None:
+            if rank == 0:
+                self._open_publisher(device)
+            self._publish(self.start, None)
 
     def train(self) -> None:
         """Steps `start + 1` to the last, then stays until the buffer has seen the run through. Raises `Over`."""
@@ -99,9 +102,7 @@ class Learner:
             plan, updates = self.trainer.pull(step)
             wait_s = time.monotonic() - waited
             self.client.status(f"trains step {step}", version=step - 1)
-            trained = self.trainer.train(plan, updates, wait_s=wait_s)
-            if self.rank == 0:
-                self._finish(trained)
+            self._finish(self.trainer.train(plan, updates, wait_s=wait_s))
         if self.rank == 0:
             self.client.status("waits for the closing evaluation", version=self.config.steps, owes="buffer")
             self._wait(m.Goodbye, "the end of the run", DATA_TIMEOUT_S)
@@ -123,7 +124,24 @@ class Learner:
         return self._ask(m.Pull(step, groups), m.Batch, asked, f"groups of step {step}", PULL_TIMEOUT_S)
 
     def _finish(self, trained: Trained) -> None:
-        """Commit, then publish, then checkpoint: what generators or a restart see is never ahead of the log."""
+        """Commit, then publish, then checkpoint: what generators or a restart see is never ahead of the log. All ranks give
+        the parts of the weights that they hold."""
+        step = trained.plan.step
+        last = step == self.config.steps
+        if self.rank == 0:
+            self._measure(trained)
+        if last:  # before the commit that ends the run: a run that is complete has its last checkpoint
+            self.trainer.save(trained)
+        if self.rank == 0 and trained.plan.weights_hash is None:
+            self.client.send(trained.commit)
+            self.client.flush(COMMIT_TIMEOUT_S)
+            self._hear_refusal()
+        self._publish(step, trained.policy)
+        if step % self.config.learner.checkpoint_every == 0 and not last:
+            self.trainer.save(trained)
+
+    def _measure(self, trained: Trained) -> None:
+        """What a step's metrics say beyond its training."""
         plan, metrics = trained.plan, trained.commit.metrics
         if self.publisher is not None:
             spent = self.publisher.counters["publish_wait_s"] + self.publisher.counters["copy_s"]
@@ -133,21 +151,18 @@ class Learner:
         if figures := self.trainer.evaluate(plan.step):
             metrics |= figures
             print(f"learner: step {plan.step}: {_listed(figures)}", file=sys.stderr, flush=True)
-        last = plan.step == self.config.steps
-        if last:  # before the commit that ends the run: a run that is complete has its last checkpoint
-            self.trainer.save(trained)
-        if plan.weights_hash is None:
-            self.client.send(trained.commit)
-            self.client.flush(COMMIT_TIMEOUT_S)
-            self._hear_refusal()
-        if self.publisher is not None:
-            behind = sorted(name for name, version in self.publisher.members.items() if version != plan.step - 1)
-            if behind:
-                what = f"waits for {', '.join(behind)} to take version {plan.step - 1} (at most {self.config.learner.peer_timeout_s:.0f} s)"
-                self.client.status(what, version=plan.step, owes="generator")
-            self.publisher.publish(plan.step, named_weights(self.trainer.model), fingerprints=trained.policy)
-        if plan.step % self.config.learner.checkpoint_every == 0 and not last:
-            self.trainer.save(trained)
+
+    def _publish(self, step: int, fingerprints: dict[str, str] | None) -> None:
+        """The weights after a step, to the generators where there are any."""
+        if self.publisher is None:
+            if self.rank > 0 and self.config.generator is not None:
+                self.trainer.learner.weights().take_part()
+            return
+        behind = sorted(name for name, version in self.publisher.members.items() if version != step - 1)
+        if behind:
+            what = f"waits for {', '.join(behind)} to take version {step - 1} (at most {self.config.learner.peer_timeout_s:.0f} s)"
+            self.client.status(what, version=step, owes="generator")
+        self.publisher.publish(step, self.trainer.learner.weights(), fingerprints=fingerprints)
 
     def _ask(self, question: m.Message, kind: type[T], answers: Callable[[T], bool], what: str, timeout_s: float) -> T:
         """The buffer's answer to a question, asked again of every buffer: one that was started anew has forgotten who asked.
@@ -209,7 +224,6 @@ class Learner:
             sparse=sends_changes(self.config.learner),
         )
         self._announce()
-        self.publisher.publish(self.start, named_weights(self.trainer.model))
 
     def _announce(self) -> None:
         """Once to every buffer: one that was started anew has forgotten where the weights are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from engine.config import CollectObjective, Config, PpoObjective
+from engine.config import CollectObjective, Config, DeepSpeedBackend, LearnerConfig, PpoObjective
 from workers.model_shape import BYTES, ModelShape
 
 PROCESS_BYTES = {"buffer": 300 << 20, "generator": 500 << 20, "learner": 500 << 20, "reward": 100 << 20}
@@ -29,7 +29,8 @@ class Memory(Struct, frozen=True):
 
 
 def memory(config: Config, shape: ModelShape) -> list[Memory]:
-    """Every role of the run as `launch` starts it. A learner's ranks each hold the whole policy, and the whole critic."""
+    """Every role of the run as `launch` starts it. A learner's ranks each hold the whole policy, and the whole critic,
+    unless DeepSpeed shares them out."""
     found = [
         Memory("buffer", 1, {"process": PROCESS_BYTES["buffer"], "messages": _buffer_bytes(config)}),
         Memory("learner", config.learner.ranks, _learner_parts(config, shape)),
@@ -56,18 +57,32 @@ def _learner_parts(config: Config, shape: ModelShape) -> dict[str, int]:
     if config.generator is not None and config.generates:
         longest = config.buffer.prompt_tokens + config.generator.sampling.max_tokens
         tokens = max(longest, min(tokens, _share_of_update(config) * longest))
-    parts = {"process": PROCESS_BYTES["learner"], "weights": shape.parameters * size}
+    parts = {"process": PROCESS_BYTES["learner"], "weights": _kept(learner, shape.parameters * size, 3)}
     if not isinstance(config.objective, CollectObjective):
         parts |= {
-            "gradients": shape.parameters * size,
-            "optimizer": shape.parameters * 2 * BYTES["float32"],
+            "gradients": _kept(learner, shape.parameters * size, 2),
+            "optimizer": _optimizer(learner, shape.parameters),
             "activations": activation_bytes(shape, tokens, learner.dtype, checkpointed=learner.gradient_checkpointing),
         }
     if isinstance(config.objective, PpoObjective):
-        parts["critic"] = _critic_parameters(shape) * (2 * size + 2 * BYTES["float32"])
+        own = _critic_parameters(shape)
+        parts["critic"] = _kept(learner, own * size, 3) + _kept(learner, own * size, 2) + _optimizer(learner, own)
     if config.generates:
         parts["copy to publish"] = shape.parameters * size
     return parts
+
+
+def _kept(learner: LearnerConfig, size: int, stage: int) -> int:
+    """What one rank keeps of what is shared out from this stage of ZeRO on."""
+    shared = isinstance(learner.backend, DeepSpeedBackend) and learner.backend.zero >= stage
+    return -(-size // learner.ranks) if shared else size
+
+
+def _optimizer(learner: LearnerConfig, parameters: int) -> int:
+    """Two moments; DeepSpeed has master weights beside every model's. `offload` only moves them to the same machine's
+    memory."""
+    copies = 3 if isinstance(learner.backend, DeepSpeedBackend) else 2
+    return _kept(learner, parameters * copies * BYTES["float32"], 1)
 
 
 def _critic_parameters(shape: ModelShape) -> int:

@@ -21,18 +21,20 @@ from msgspec import Struct
 from engine.checkpoint import save_critic
 from engine.config import CollectObjective, Config, ConfigError, CriticConfig, LevelOff, PpoObjective, load_config
 from engine.critic import FOLDER, load_critic
-from engine.learn_torch import TorchLearner
+from engine.learn_torch import TorchLearner, load_place, versions
 from engine.level_off import Levelling
 from engine.objectives.values import VALUE_SUMS, value_figures, value_sums
-from engine.packing import assign, pack
+from engine.packing import assign
+from engine.rank_versions import check_same_versions
+from engine.trained_model import Ranks
 from protocols.log import LogError
 from workers.contradictions import errors
 from workers.lines import duration
+from workers.no_data import empty_batch
 from workers.pretrain_data import HELD_OUT, StoredGroups
 from workers.pretrain_picture import draw_curve
 from workers.ranks import ranks_of, with_ranks
 from workers.replay_source import ReplayError, StoredRun
-from workers.trainer import empty_batch
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"
 EPOCHS = 20
@@ -65,13 +67,18 @@ def pretrain(request: Request, arguments: list[str]) -> int:
             if world == 1 and config.learner.ranks > 1:
                 return with_ranks(config.learner, arguments)
             folder = source.start_folder()
-            model = load_critic(critic.path, folder, dtype=config.learner.dtype, device=device)
+            check_same_versions(Ranks(rank, world), device, versions(config.learner))
+            place = load_place(config.learner, device)
+            model = load_critic(critic.path, folder, dtype=config.learner.dtype, device=place)
             learner = TorchLearner(config, None, critic=model, rank=rank, world=world)
             work = Pretraining(config, critic, data, learner, every=request.every)
             work.run()
+            weights = learner.critic.weights() if learner.critic is not None else None
+            if rank > 0 and weights is not None:
+                weights.take_part()
             if rank == 0:
                 start = Path(critic.path) if critic.path is not None else folder
-                save_critic(out, model, start, work.write)
+                save_critic(out, model, start, work.write, weights)
                 print(f"{out}: the critic, {CURVE} and {PICTURE}; start a run from it with critic.path = {str(out)!r}")
     return 0
 
@@ -158,7 +165,7 @@ class Pretraining:
         """Value loss and explained variance on the held-out groups, from sums over all of them and all ranks."""
         sums, tokens = np.zeros(len(VALUE_SUMS)), 0
         for batch in self.data.pages(self.data.measured, rank=self.rank, world=self.world):
-            packs = pack(batch, token_budget=self.config.learner.token_budget, device=self.learner.device)
+            (packs,) = self.learner.paced([self.learner.packs(batch)])
             found = value_sums(self.learner.values(batch, packs), np.repeat(batch.rewards, batch.lengths))
             sums += np.array([found[name][0] for name in VALUE_SUMS])
             tokens += len(batch.tokens)

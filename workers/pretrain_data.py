@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from protocols import messages as m
+from workers.no_data import empty_batch
 from workers.replay_source import ReplayError, StoredRun
 
 HELD_OUT = 10
@@ -62,12 +63,12 @@ class StoredGroups:
         return found
 
     def pages(self, groups: np.ndarray, *, rank: int = 0, world: int = 1) -> Iterator[m.Batch]:
-        """This rank's share of `groups`, a page at a time."""
+        """This rank's share of `groups`, a page at a time; every rank has as many pages, of which the last may be empty."""
         own = groups[rank::world].tolist()
-        for first in range(0, len(own), PAGE):
+        for first in range(0, -(-len(groups) // world), PAGE):
             page = own[first : first + PAGE]
             self.sizes(page)
-            yield self.log.batch(1, page)
+            yield self.log.batch(1, page) if page else empty_batch(1)
 
 
 def is_held_out(group: int) -> bool:

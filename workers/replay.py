@@ -126,8 +126,7 @@ class Replay:
         try:
             with Progress(start, self.last, "trained", quiet=self.rank > 0) as progress:
                 for trainer, trained in self._steps(feed, start):
-                    if run is not None:
-                        self._keep(run, trainer, trained)
+                    self._keep(run, trainer, trained)
                     progress.step(trained.plan.step)
         finally:
             if run is not None:
@@ -175,8 +174,7 @@ class Replay:
     def _hand_over(self, trainer: Trainer, trained: Trained) -> Path:
         """A checkpoint of the last trained step, for the next config's trainer on every rank."""
         own, trainer.checkpoints = trainer.checkpoints, self.scratch
-        if self.rank == 0:
-            trainer.save(trained)
+        trainer.save(trained)
         trainer.checkpoints = own
         if self.world > 1:
             dist.barrier()
@@ -190,12 +188,13 @@ class Replay:
         except (ValueError, IndexError) as error:  # tokens or versions that no run can have written
             raise ReplayError(f"{self.source.log.path}: step {step} cannot be trained: {error}") from error
 
-    def _keep(self, run: NewRun, trainer: Trainer, trained: Trained) -> None:
+    def _keep(self, run: NewRun | None, trainer: Trainer, trained: Trained) -> None:
         """Commits a step; its checkpoint in the learner's order: a run that is complete has its last one."""
         step = trained.plan.step
         if step == self.last:
             trainer.save(trained)
-        run.commit(trained.commit, [group.group for group in trained.plan.groups], trainer.config)
+        if run is not None:
+            run.commit(trained.commit, [group.group for group in trained.plan.groups], trainer.config)
         if step % trainer.config.learner.checkpoint_every == 0 and step != self.last:
             trainer.save(trained)
 

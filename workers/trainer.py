@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from engine.checkpoint import (
     CheckpointError,
-    CriticPart,
+    Part,
+    critic_part,
     latest_checkpoint,
     load_checkpoint,
     load_critic_checkpoint,
@@ -30,13 +29,16 @@ from engine.checkpoint import (
 )
 from engine.config import Config, ConfigError, PpoObjective, dump_config, policy_folder
 from engine.critic import load_critic
+from engine.gathered import Gathered
 from engine.learn_pages import PageLearner
-from engine.learn_torch import TorchLearner
-from engine.models import load_model, named_weights
+from engine.learn_torch import TorchLearner, load_place, versions
+from engine.models import load_model
 from engine.packing import assign
+from engine.rank_versions import check_same_versions
 from engine.trained_model import Ranks
-from engine.weights import fingerprints, weights_hash
+from engine.weights import fingerprint, weights_hash
 from protocols import messages as m
+from workers.no_data import empty_batch
 from workers.provenance import code_version
 
 CRITIC_PREFIX = "critic."
@@ -81,28 +83,29 @@ class Trainer:
         self.folder = folder or policy_folder(config)
         self.critic: PreTrainedModel | None = None
         group = dist.group.WORLD if world > 1 else None
+        ranks = Ranks(rank, world, group)
+        check_same_versions(ranks, device, {"headrace": code_version(), **versions(config.learner)})
         self.learner: TorchLearner | PageLearner
         if config.reads_pages:
-            self.learner = PageLearner(config, self.folder, device=device, ranks=Ranks(rank, world, group))
-            self.model = self.learner.model
+            self.learner = PageLearner(config, self.folder, device=device, ranks=ranks)
+            self.model: nn.Module = self.learner.model
             return
-        self.model = load_model(self.folder, dtype=config.learner.dtype, device=device)
+        place = load_place(config.learner, device)
+        self.model = model = load_model(self.folder, dtype=config.learner.dtype, device=place)
         if isinstance(config.objective, PpoObjective):
-            self.critic = self._load_critic(device)
-        self.learner = TorchLearner(config, self.model, critic=self.critic, rank=rank, world=world, process_group=group)
+            self.critic = self._load_critic(place)
+        self.learner = TorchLearner(config, model, critic=self.critic, rank=rank, world=world, process_group=group)
 
     def resume(self, until: int) -> int:
         """Loads the newest checkpoint of step `until` at most, if any; returns its step."""
         newest = latest_checkpoint(self.checkpoints, until=until)
         if newest is None:
             return 0
-        weights, optimizer, meta = load_checkpoint(newest, like=named_weights(self.model))
-        _copy_into(self.model, weights)
-        self.learner.load_optimizer_state(optimizer)
-        if self.critic is not None and self.learner.critic is not None:
-            weights, optimizer = load_critic_checkpoint(newest, like=named_weights(self.critic))
-            _copy_into(self.critic, weights)
-            self.learner.critic.optimizer.load_state(optimizer)
+        weights, optimizer, meta = load_checkpoint(newest, like=self.learner.weights().like)
+        self.learner.load(weights, optimizer)
+        if self.learner.critic is not None:
+            critic = self.learner.critic
+            critic.load(*load_critic_checkpoint(newest, like=critic.weights().like))
             try:
                 self.learner.pretraining.load(meta["pretraining"])
             except (KeyError, msgspec.ValidationError) as error:
@@ -127,8 +130,8 @@ class Trainer:
         if self.learner.pretraining.over and not pretrained:
             self._say_pretrained(plan.step, metrics)
         metrics |= {"wait_s": wait_s, "train_s": finished_at - started_at}
-        policy = fingerprints(named_weights(self.model))
-        critic = fingerprints(named_weights(self.critic)) if self.critic is not None else {}
+        policy = _fingerprints(self.learner.weights())
+        critic = _fingerprints(self.learner.critic.weights()) if self.learner.critic is not None else {}
         everything = policy | {f"{CRITIC_PREFIX}{name}": value for name, value in critic.items()}
         digest = weights_hash(everything)
         if plan.weights_hash is not None and plan.weights_hash != digest:
@@ -146,7 +149,7 @@ class Trainer:
         return self.learner.evaluate() if due and isinstance(self.learner, PageLearner) else {}
 
     def save(self, trained: Trained) -> None:
-        """Writes the step's checkpoint and removes old ones."""
+        """Writes the step's checkpoint and removes old ones. All ranks call this; the first one writes."""
         step = trained.plan.step
         meta = {
             "step": step,
@@ -154,19 +157,20 @@ class Trainer:
             "code_version": code_version(),
             "config": dump_config(self.config),
         }
+        policy = Part(self.learner.weights(), self.learner.optimizer_state(), self.folder)
         critic = None
         if self.critic is not None and self.learner.critic is not None:
+            trained_critic = self.learner.critic
             meta["pretraining"] = self.learner.pretraining.state()
-            critic = CriticPart(self.critic, self.critic_source, self.learner.critic.optimizer.state())
-        save_checkpoint(
-            self.checkpoints,
-            step,
-            model=self.model,
-            source_folder=self.folder,
-            optimizer=self.learner.optimizer_state(),
-            meta=meta,
-            critic=critic,
-        )
+            critic = critic_part(
+                self.critic, trained_critic.weights(), trained_critic.optimizer_state(), self.critic_source
+            )
+        if self.rank > 0:
+            policy.take_part()
+            if critic is not None:
+                critic.take_part()
+            return
+        save_checkpoint(self.checkpoints, step, policy, meta=meta, critic=critic)
         prune_checkpoints(self.checkpoints, self.config.learner.keep_checkpoints)
 
     def _load_critic(self, device: str) -> PreTrainedModel:
@@ -187,16 +191,5 @@ class Trainer:
             )
 
 
-def _copy_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in named_weights(model).items():
-            parameter.copy_(weights[name])
-
-
-def empty_batch(step: int) -> m.Batch:
-    """The share of a rank that has no group in an update; it takes part in the collectives all the same."""
-    ints, floats, bools = np.zeros(0, m.INT), np.zeros(0, m.FLOAT), np.zeros(0, m.BOOL)
-    return m.Batch(
-        step=step, groups=ints, prompt_lengths=ints, prompts=ints, sizes=ints, lengths=ints, tokens=ints,
-        logprobs=floats, versions=ints, rewards=floats, correct=bools, truncated=bools,
-    )  # fmt: skip
+def _fingerprints(weights: Gathered) -> dict[str, str]:
+    return {name: fingerprint(tensor) for name, tensor in weights.items()}

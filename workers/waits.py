@@ -96,7 +96,9 @@ PAUSES = [
 NO_LIMIT = [
     NoLimit("engine/optimizer.py", "dist.all_reduce(bucket, group=group)",
             "the process group's timeout, learner.peer_timeout_s"),
-    NoLimit("engine/trained_model.py", "dist.all_reduce(tensor, group=self.group)",
+    NoLimit("engine/trained_model.py", "dist.all_reduce(tensor, operation, group=self.group)",
+            "the same"),
+    NoLimit("engine/rank_versions.py", "dist.all_gather(everywhere, said.to(device), group=ranks.group)",
             "the same"),
     NoLimit("workers/replay.py", "dist.barrier()",
             "the same"),

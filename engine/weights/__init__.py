@@ -13,7 +13,7 @@ decides who is served when. Tensors are laid out and fingerprinted in `layout`.
                 load(update.tensors, update.version)
 """
 
-from engine.weights.layout import fingerprints, weights_hash
+from engine.weights.layout import fingerprint, fingerprints, weights_hash
 from engine.weights.publisher import Publisher
 from engine.weights.subscriber import Subscriber
 from engine.weights.transport import Connect, GlooTransport, NcclTransport, Seat, Transport, TransportError
@@ -29,6 +29,7 @@ __all__ = [
     "Transport",
     "TransportError",
     "Update",
+    "fingerprint",
     "fingerprints",
     "weights_hash",
 ]

@@ -86,12 +86,14 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The fingerprint of each tensor, by name. A tensor off the CPU is copied to it, one at a time."""
-    result = {}
-    for name, tensor in sorted(tensors.items()):
-        hasher = _hasher(str(tensor.dtype).removeprefix("torch."), tensor.shape)
-        hasher.update(host_bytes(tensor.detach().contiguous().view(-1).view(torch.uint8)))
-        result[name] = hasher.hexdigest()
-    return result
+    return {name: fingerprint(tensor) for name, tensor in sorted(tensors.items())}
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """The fingerprint of one tensor."""
+    hasher = _hasher(str(tensor.dtype).removeprefix("torch."), tensor.shape)
+    hasher.update(host_bytes(tensor.detach().contiguous().view(-1).view(torch.uint8)))
+    return str(hasher.hexdigest())
 
 
 def weights_hash(fingerprints: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from engine.gathered import Gathered, held
 from engine.weights import control
 from engine.weights.control import Check, Failed, Join, Leave, Offer, Ready, Refused, Reject, ToPublisher
 from engine.weights.gate import LOCAL, Relay, open_gate
@@ -102,22 +103,28 @@ class Publisher:
             return {member.name: member.version for member in self._roster.members.values()}
 
     def publish(
-        self, version: int, tensors: Mapping[str, Tensor], *, fingerprints: Mapping[str, str] | None = None
+        self,
+        version: int,
+        tensors: Mapping[str, Tensor] | Gathered,
+        *,
+        fingerprints: Mapping[str, str] | None = None,
     ) -> None:
-        """Copy `tensors` aside as `version` and return; members get them in the background.
+        """Copy `tensors` aside as `version` and return; members get them in the background. Where ranks hold parts, the other
+        ranks take part in the gathering, one tensor after another.
 
         Waits for a broadcast that is under way. `fingerprints` of the same tensors save hashing them again. Raises
         `ValueError` for a version that does not rise or fingerprints of other names, `RuntimeError` when the
         background thread has ended.
         """
-        staged = self._staging.plan(version, tensors, fingerprints)
+        gathered = tensors if isinstance(tensors, Gathered) else held(tensors)
+        staged = self._staging.plan(version, gathered.like, fingerprints)
         started = time.monotonic()
         with self._changed:
             self._wait_until_sent()
             waited = time.monotonic()
             if self._staged is not None and version <= self._staged.version:
                 raise ValueError(f"weights: got version {version}, expected more than {self._staged.version}")
-            self._staged = self._staging.copy(staged, tensors)
+            self._staged = self._staging.copy(staged, gathered.items())
             self._counters["published"] += 1
             self._counters["publish_wait_s"] += waited - started
             self._counters["copy_s"] += time.monotonic() - waited

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +52,18 @@ class Staging:
         nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
         return Staged(version, layout, nothing, None if fingerprints is None else _in_order(layout, fingerprints))
 
-    def copy(self, staged: Staged, tensors: Mapping[str, Tensor]) -> Staged:
-        """Copy `tensors` aside as planned; nothing may be sending what was staged before."""
+    def copy(self, staged: Staged, tensors: Iterable[tuple[str, Tensor]]) -> Staged:
+        """Copy `tensors`, one after another, aside as planned; nothing may be sending what was staged before."""
         newest, size = self._newest, staged.layout.nbytes
         flat = self._spare if self._sparse or newest is None else newest.flat
         if flat is None or flat.numel() != size:
             flat = torch.zeros(size, dtype=torch.uint8, device=self._device)
         with torch.no_grad():
-            for name, view in staged.layout.views(flat).items():
-                view.copy_(tensors[name])
+            views = staged.layout.views(flat)
+            for name, tensor in tensors:
+                views.pop(name).copy_(tensor)
+        if views:
+            raise ValueError(f"weights: {len(views)} tensors did not come, the first is {min(views)}; expected all")
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()
         staged.flat = flat
