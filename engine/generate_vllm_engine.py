@@ -26,8 +26,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from engine.config import ConfigError, VllmEngine
-from engine.generate_vllm_requests import DRAWS, Draws, EngineLost, Progress
-from engine.generate_vllm_stage import Stage
+from engine.generate_requests import DRAWS, Draws, EngineLost, Progress
+from engine.generate_stage import Stage
 from engine.models import DTYPES
 
 WORKER = "engine.generate_vllm_worker.WorkerExtension"
@@ -36,7 +36,10 @@ BLOCK_TOKENS = 32
 
 
 class Engine:
-    """`add` requests, `step`, `abort`; `attach` the stage once and `apply` what lies there."""
+    """See `engine.generate_requests.Engine`; `attach` the stage once, and `apply` loads what lies there."""
+
+    name = "vLLM"
+    recomputes = True
 
     def __init__(
         self, folder: Path, config: VllmEngine, *, device: str, dtype: str, context: int, stop_ids: list[int]
@@ -66,23 +69,22 @@ class Engine:
         except EngineLost as error:
             raise ConfigError(f"generator.engine: vLLM does not take this model's weights: {error}") from error
 
-    def apply(self) -> None:
-        """All weights become what is staged; no step is under way. Raises `EngineLost`."""
-        self._call("headrace_apply", "its workers to load the staged weights")
-
-    def recompute(self) -> None:
-        """Forget all keys and values; the next step begins to compute those of running requests anew."""
-        with self._guarded("drop its keys and values"):
-            if not self._engine.reset_prefix_cache(reset_running_requests=True):
-                raise RuntimeError("the cache was not reset")
+    def apply(self, version: int, *, recompute: bool) -> None:
+        """All weights become what is staged; no step is under way. With `recompute` all keys and values are forgotten, and
+        the next step begins to compute those of running requests anew. Raises `EngineLost`."""
+        self._call("headrace_apply", f"its workers to load the weights of version {version}")
+        if recompute:
+            with self._guarded("drop its keys and values"):
+                if not self._engine.reset_prefix_cache(reset_running_requests=True):
+                    raise RuntimeError("the cache was not reset")
 
     def add(self, request: str, prompt: list[int], *, tokens: int, draws: Draws, share: str) -> None:
         """Continue `prompt` by at most `tokens`. Blocks of keys and values are shared among requests of equal `share`."""
         self._add(request, prompt, self._params(tokens, draws), share)
 
-    def add_canary(self, request: str, prompt: list[int], share: str) -> None:
+    def add_canary(self, request: str, prompt: list[int], *, draws: Draws, share: str) -> None:
         """One token, and the log-probabilities of the whole prompt."""
-        params = self._params(1, Draws(0, 0, 1.0, 1.0, 0))
+        params = self._params(1, draws)
         params.prompt_logprobs = 0
         self._add(request, prompt, params, share)
 
@@ -102,6 +104,11 @@ class Engine:
         if self.lost is None and requests:
             with self._guarded("abort requests"):
                 self._engine.abort_request(requests)
+
+    def recall(self, requests: list[str]) -> list[Progress]:
+        """As `abort`; every step has returned all that it computed."""
+        self.abort(requests)
+        return []
 
     def close(self) -> None:
         """End the workers; those that do not end by themselves are killed."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
-from transformers import PretrainedConfig
 
 from engine.config import ConfigError, VllmEngine
 
@@ -27,20 +24,6 @@ def check_installed() -> None:
     if VERSION not in {value.partition("+")[0] for value in there.values()}:
         got = ", ".join(f"{name} {value}" for name, value in there.items())
         raise ConfigError(f"generator.engine: got {got}, expected version {VERSION}")
-
-
-def check_parallel(folder: Path, model: PretrainedConfig, config: VllmEngine) -> None:
-    """Raises `ConfigError` for a degree of tensor parallelism that does not divide the model's heads or layers."""
-    ranks, where = config.tensor_parallel, f"generator.engine.tensor_parallel = {config.tensor_parallel}"
-    if ranks < 1:
-        raise ConfigError(f"{where}: expected at least 1")
-    sizes = {"attention heads": model.num_attention_heads, "intermediate": model.intermediate_size}
-    for what, size in sizes.items():
-        if size % ranks:
-            raise ConfigError(f"{where} does not divide the {size} {what} of {folder}")
-    heads = model.num_key_value_heads
-    if heads % ranks and ranks % heads:
-        raise ConfigError(f"{where} neither divides nor is a multiple of the {heads} key-value heads of {folder}")
 
 
 def set_environment(config: VllmEngine, threads: int) -> None:

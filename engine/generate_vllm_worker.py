@@ -20,8 +20,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
-from engine.generate_vllm_requests import DRAWS, Draws
-from engine.generate_vllm_stage import Stage
+from engine.generate_requests import DRAWS, Draws
+from engine.generate_stage import Stage
 from engine.sampling import draw, uniforms
 
 PROBES = 8

@@ -48,6 +48,15 @@ class Response:
         self.versions.append((version, count))
         self.labelled = len(self.tokens)
 
+    def relabel(self, versions: list[tuple[int, int]]) -> None:
+        """`versions` are the runs over all tokens."""
+        self.versions, self.labelled = [], 0
+        for version, count in versions:
+            if self.versions and self.versions[-1][0] == version:
+                count += self.versions.pop()[1]
+            self.versions.append((version, count))
+        self.labelled = len(self.tokens)
+
     def computed_ids(self) -> np.ndarray:
         """int32: every token but the last, whose keys and values the next decode step computes."""
         return np.concatenate([self.job.ticket.prompt, np.array(self.tokens, dtype=INT)])[:-1]

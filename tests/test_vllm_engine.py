@@ -15,8 +15,10 @@ import vllm_cases as cases
 from vllm_cases import finish, forcing, fresh_logprobs, ticket, torch_generator, weights
 
 from engine.config import ConfigError, GeneratorConfig, VllmEngine
+from engine.generate_engine import EngineGenerator
+from engine.generate_requests import EngineLost
 from engine.generate_torch import WeightsRefused
-from engine.generate_vllm import EngineLost, VllmGenerator, start_vllm
+from engine.generate_vllm import start_vllm
 from protocols.messages import Sampling
 
 pytestmark = [cases.needs_vllm, pytest.mark.timeout(900)]
@@ -41,21 +43,21 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def keeping(tied: Path) -> Iterator[VllmGenerator]:
+def keeping(tied: Path) -> Iterator[EngineGenerator]:
     engine = cases.start(tied)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def recomputing(untied: Path) -> Iterator[VllmGenerator]:
+def recomputing(untied: Path) -> Iterator[EngineGenerator]:
     engine = cases.start(untied, mode="recompute")
     yield engine
     engine.close()
 
 
 def test_log_probabilities_are_those_of_the_distribution_that_is_trained_and_draws_are_ours(
-    keeping: VllmGenerator, tied: Path
+    keeping: EngineGenerator, tied: Path
 ) -> None:
     new = weights(tied, 1)
     keeping.load(new, 1)
@@ -85,7 +87,7 @@ def test_after_an_exchange_in_flight_tokens_come_from_the_new_weights(
     request: pytest.FixtureRequest, fixture: str
 ) -> None:
     """The weights force one token, through a tied head in one engine and through one of its own in the other."""
-    engine: VllmGenerator = request.getfixturevalue(fixture)
+    engine: EngineGenerator = request.getfixturevalue(fixture)
     folder: Path = request.getfixturevalue("tied" if fixture == "keeping" else "untied")
     old, item = weights(folder, 2), ticket(6, 40, 4, max_tokens=60)
     engine.load(old, 2)
@@ -114,7 +116,7 @@ def test_after_an_exchange_in_flight_tokens_come_from_the_new_weights(
 def test_keys_and_values_after_an_exchange(request: pytest.FixtureRequest, fixture: str) -> None:
     """Recomputed, the rest of a response is as if all of it had come from the new weights; kept, it is not. A request that
     starts afterwards with the same prompt sees nothing of the old weights in both."""
-    engine: VllmGenerator = request.getfixturevalue(fixture)
+    engine: EngineGenerator = request.getfixturevalue(fixture)
     folder: Path = request.getfixturevalue("tied" if fixture == "keeping" else "untied")
     new, first, same = weights(folder, 6), ticket(8, 96, 3, max_tokens=50), ticket(8, 96, 2, fence=2, max_tokens=20)
     engine.load(weights(folder, 5), 5)
@@ -136,7 +138,7 @@ def test_keys_and_values_after_an_exchange(request: pytest.FixtureRequest, fixtu
         np.testing.assert_allclose(rollout.logprobs, fresh_logprobs(folder, new, renamed, rollout.tokens), atol=1e-4)
 
 
-def test_what_is_handed_back_goes_on_here_and_on_our_own_generator(keeping: VllmGenerator, tied: Path) -> None:
+def test_what_is_handed_back_goes_on_here_and_on_our_own_generator(keeping: EngineGenerator, tied: Path) -> None:
     new, item = weights(tied, 7), ticket(10, 50, 4, max_tokens=40)
     keeping.load(new, 7)
     keeping.add(item)
@@ -161,7 +163,7 @@ def test_what_is_handed_back_goes_on_here_and_on_our_own_generator(keeping: Vllm
             assert rollout.fence == 2
 
 
-def test_what_is_cancelled_or_issued_anew_is_dropped(keeping: VllmGenerator, tied: Path) -> None:
+def test_what_is_cancelled_or_issued_anew_is_dropped(keeping: EngineGenerator, tied: Path) -> None:
     keeping.load(weights(tied, 8), 8)
     keeping.add(ticket(11, 20, 8, max_tokens=400))  # every slot
     keeping.add(ticket(12, 20, 2, max_tokens=10))
@@ -176,7 +178,7 @@ def test_what_is_cancelled_or_issued_anew_is_dropped(keeping: VllmGenerator, tie
     assert {(r.group, r.fence, len(r.tokens)) for r in done.values()} == {(12, 1, 10), (11, 2, 3)}
 
 
-def test_weights_that_are_not_the_models_change_nothing(keeping: VllmGenerator, tied: Path) -> None:
+def test_weights_that_are_not_the_models_change_nothing(keeping: EngineGenerator, tied: Path) -> None:
     new, item = weights(tied, 9), ticket(13, 12, 1)
     keeping.load(new, 9)
     wrong = {name: tensor for name, tensor in weights(tied, 10).items() if name != "model.norm.weight"}
@@ -191,7 +193,7 @@ def test_weights_that_are_not_the_models_change_nothing(keeping: VllmGenerator, 
 
 
 def test_nothing_is_served_that_other_weights_than_those_that_came_have_sampled(
-    keeping: VllmGenerator, tied: Path
+    keeping: EngineGenerator, tied: Path
 ) -> None:
     """What is staged changes after its answer to the canary was reckoned, as a stale copy in vLLM would."""
     keeping.load(weights(tied, 11), 11)
@@ -208,7 +210,7 @@ def test_nothing_is_served_that_other_weights_than_those_that_came_have_sampled(
     keeping.load(new, 12)  # only here: the role leaves
 
 
-def test_a_stopped_worker_is_an_engine_that_is_lost(recomputing: VllmGenerator, untied: Path) -> None:
+def test_a_stopped_worker_is_an_engine_that_is_lost(recomputing: EngineGenerator, untied: Path) -> None:
     recomputing.load(weights(untied, 13), 13)
     recomputing.add(ticket(15, 12, 2, max_tokens=300))
     for _ in range(6):
@@ -228,7 +230,7 @@ def test_a_stopped_worker_is_an_engine_that_is_lost(recomputing: VllmGenerator, 
 
 
 def test_a_killed_worker_is_noticed_at_once_and_what_there_is_is_handed_back(
-    keeping: VllmGenerator, tied: Path
+    keeping: EngineGenerator, tied: Path
 ) -> None:
     keeping.load(weights(tied, 15), 15)
     keeping.add(ticket(16, 12, 2, max_tokens=400))
@@ -251,10 +253,10 @@ def test_what_does_not_fit_is_refused_at_the_start(tied: Path) -> None:
         start_vllm(tied, GeneratorConfig(sampling=Sampling(max_tokens=8), engine=engine, device="cpu"), engine)
 
 
-def check_until(engine: VllmGenerator, deadline: float) -> None:
+def check_until(engine: EngineGenerator, deadline: float) -> None:
     while time.monotonic() < deadline:
         engine.check()
 
 
-def workers(engine: VllmGenerator) -> set[int]:
+def workers(engine: EngineGenerator) -> set[int]:
     return {handle.proc.pid for handle in engine._engine._engine.model_executor.workers}

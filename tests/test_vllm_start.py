@@ -15,10 +15,10 @@ import vllm_cases as cases
 
 from engine.adopt_weights import WeightsRefused
 from engine.config import ConfigError, GeneratorConfig, VllmEngine
+from engine.generate_canary import Canary
+from engine.generate_stage import Stage
 from engine.generate_vllm import start_vllm
-from engine.generate_vllm_canary import Canary
-from engine.generate_vllm_stage import Stage
-from engine.generate_vllm_start import check_parallel
+from engine.tensor_parallel import check_parallel
 from protocols.messages import INT, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,10 +43,10 @@ def test_without_vllm_the_error_says_how_to_get_it(folder: Path) -> None:
 def test_degrees_of_tensor_parallelism(folder: Path, ranks: int, error: str | None) -> None:
     model = Canary(folder, "float32").model.config
     if error is None:
-        check_parallel(folder, model, VllmEngine(tensor_parallel=ranks))
+        check_parallel(folder, model, ranks)
         return
     with pytest.raises(ConfigError, match=f"tensor_parallel = {ranks}.*{error}"):
-        check_parallel(folder, model, VllmEngine(tensor_parallel=ranks))
+        check_parallel(folder, model, ranks)
 
 
 def test_the_canary_gives_what_the_weights_give(folder: Path) -> None:
@@ -54,8 +54,11 @@ def test_the_canary_gives_what_the_weights_give(folder: Path) -> None:
     found = canary.fill(new, 1)
     item = cases.Ticket(0, [0], 0, np.array(canary.prompt[:1], INT), Sampling(max_tokens=1), 0)
     expected = cases.fresh_logprobs(folder, new, item, np.array(canary.prompt[1:]))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.abs(found - canary.fill(cases.weights(folder, 2), 2)).max() > 0.1
+    np.testing.assert_allclose(found.prompt, expected, atol=1e-5)
+    assert found.difference(found.prompt, 7, found.following[7]) == 0
+    other = canary.fill(cases.weights(folder, 2), 2)
+    assert found.difference(other.prompt, 7, found.following[7]) > 0.1
+    assert found.difference(found.prompt, 7, other.following[7]) > 0.1
 
 
 def test_the_canary_refuses_other_names_and_keeps_what_is_staged(folder: Path) -> None:
@@ -73,7 +76,7 @@ def test_a_stage_is_seen_by_another_process_and_needs_no_name() -> None:
     stage = Stage.create({"b": torch.zeros(3, 2, dtype=torch.bfloat16), "a": torch.zeros(5)})
     stage.fill({"a": torch.arange(5.0), "b": torch.ones(3, 2)})
     code = (
-        "import sys; from engine.generate_vllm_stage import Stage; s = Stage.attach((sys.argv[1], sys.argv[2]));"
+        "import sys; from engine.generate_stage import Stage; s = Stage.attach((sys.argv[1], sys.argv[2]));"
         "print(s.tensors['a'].tolist(), s.tensors['b'].sum().item()); s.tensors['a'][0] = 9"
     )
     done = subprocess.run([sys.executable, "-c", code, *stage.description], cwd=ROOT, capture_output=True, text=True)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from engine.config import GeneratorConfig, NewModel, TorchEngine, VllmEngine
+from engine.generate_engine import EngineGenerator
 from engine.generate_torch import TorchGenerator
-from engine.generate_vllm import VllmGenerator, start_vllm
+from engine.generate_vllm import start_vllm
 from engine.models import create_model, load_model, named_weights
 from protocols.messages import INT, Partial, Rollout, Sampling, Ticket
 
@@ -40,7 +41,7 @@ def make_folder(folder: Path, *, tied: bool = True) -> Path:
     return folder
 
 
-def start(folder: Path, *, mode: str = "keep", deadline_s: float = 20.0, slots: int = 8) -> VllmGenerator:
+def start(folder: Path, *, mode: str = "keep", deadline_s: float = 20.0, slots: int = 8) -> EngineGenerator:
     engine = VllmEngine(slots=slots, on_new_weights=mode, kv_gb=0.25, deadline_s=deadline_s)
     return start_vllm(folder, GeneratorConfig(sampling=Sampling(max_tokens=8), engine=engine, device="cpu"), engine)
 
@@ -85,7 +86,7 @@ def ticket(
     return Ticket(group, chosen, fence, ids, sampling, seed=1000 + group, resume=resume or [])
 
 
-def finish(engine: VllmGenerator | TorchGenerator, timeout_s: float = 60.0) -> dict[tuple[int, int], Rollout]:
+def finish(engine: EngineGenerator | TorchGenerator, timeout_s: float = 60.0) -> dict[tuple[int, int], Rollout]:
     done: dict[tuple[int, int], Rollout] = {}
     deadline = time.monotonic() + timeout_s
     while engine.ready:

@@ -19,10 +19,13 @@ from types import FrameType
 import torch
 
 from engine.adopt_weights import WeightsRefused
-from engine.config import Config, ConfigError, TorchEngine, VllmEngine, policy_folder
+from engine.config import Config, ConfigError, SglangEngine, TorchEngine, VllmEngine, policy_folder
 from engine.devices import resolve_device
+from engine.generate_engine import EngineGenerator
+from engine.generate_requests import EngineLost
+from engine.generate_sglang import start_sglang
 from engine.generate_torch import TicketRefused, TorchGenerator
-from engine.generate_vllm import EngineLost, VllmGenerator, start_vllm
+from engine.generate_vllm import start_vllm
 from engine.models import load_model
 from engine.text import TextModel
 from engine.weights import Update
@@ -45,12 +48,13 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
     """Generates until the buffer says goodbye or SIGTERM comes: 0 then; 1 when buffer, learner or engine are gone for good
     or the weights give no numbers; 2 when the buffer refuses this worker, or config, model and tickets do not fit, so that
     starting anew cannot help."""
-    _on_signals(lambda *_: sys.exit(0))  # nothing is in hand yet
+    # Nothing is in hand yet, and an engine ends with this process. An exception would not do: in a destructor it is ignored.
+    _on_signals(lambda *_: os._exit(0))
     name = name or f"generator-{socket.gethostname()}-{os.getpid()}"[:80]
     try:
         with ExitStack() as parts:
             engine = _engine(config)
-            if isinstance(engine, VllmGenerator):
+            if isinstance(engine, EngineGenerator):
                 parts.callback(engine.close)
             credit = capacity(engine.config.slots)
             hello = Hello(role="generator", name=name, host=socket.gethostname(), pid=os.getpid(), capacity=credit)
@@ -72,8 +76,8 @@ def capacity(slots: int) -> int:
     return slots + max(1, slots // 4)
 
 
-def _engine(config: Config) -> TorchGenerator | VllmGenerator:
-    """The generator without weights. Raises `ConfigError`, or `EngineLost` when vLLM does not start."""
+def _engine(config: Config) -> TorchGenerator | EngineGenerator:
+    """The generator without weights. Raises `ConfigError`, or `EngineLost` when the engine does not start."""
     settings = config.generator
     if settings is None:
         raise ConfigError(f"{config.source}: it has no [generator] section, so this run has no use for a generator")
@@ -82,14 +86,16 @@ def _engine(config: Config) -> TorchGenerator | VllmGenerator:
     match settings.engine:
         case VllmEngine() as engine:
             return start_vllm(folder, settings, engine)
+        case SglangEngine() as engine:
+            return start_sglang(folder, settings, engine)
         case TorchEngine() as engine:
             text = TextModel.load(folder)
             model = load_model(folder, dtype=settings.dtype, device=resolve_device(settings.device), weights=False)
             return TorchGenerator(model, config=engine, stop_ids=text.stop_ids, decode=text.decode)
 
 
-def _feed(config: Config, name: str, engine: TorchGenerator | VllmGenerator) -> WeightFeed:
-    """Weights come where the engine takes them from: vLLM's workers read the host's memory."""
+def _feed(config: Config, name: str, engine: TorchGenerator | EngineGenerator) -> WeightFeed:
+    """Weights come where the engine takes them from: all but our own read the host's memory."""
     timeout_s = config.learner.peer_timeout_s
     if isinstance(engine, TorchGenerator):
         return WeightFeed(name, device=str(engine.model.device), peer_timeout_s=timeout_s)
@@ -106,7 +112,7 @@ class Generator:
     def __init__(
         self,
         client: Client,
-        engine: TorchGenerator | VllmGenerator,
+        engine: TorchGenerator | EngineGenerator,
         weights: WeightFeed,
         stop: threading.Event,
         *,
@@ -139,7 +145,7 @@ class Generator:
         self._take(0.0 if working else IDLE_S)
         if working:
             self._step()
-        if isinstance(self.engine, VllmGenerator):
+        if isinstance(self.engine, EngineGenerator):
             self.engine.check()
         self._report()
         if self.client.silent_s > self.gone_s:

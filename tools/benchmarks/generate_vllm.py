@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.config import VllmEngine
-from engine.generate_vllm import VllmGenerator
-from engine.generate_vllm_canary import Canary
+from engine.generate_canary import Canary
+from engine.generate_engine import EngineGenerator
 from engine.generate_vllm_start import set_environment
 from engine.models import named_weights
 from protocols.messages import Rollout, Sampling, Ticket
@@ -23,7 +23,7 @@ SWAPS = 5
 
 
 @contextmanager
-def vllm_generator(model: PreTrainedModel, dtype: str, *, slots: int, threads: int) -> Iterator[VllmGenerator]:
+def vllm_generator(model: PreTrainedModel, dtype: str, *, slots: int, threads: int) -> Iterator[EngineGenerator]:
     """One for `model` whose responses end by their length alone."""
     config = VllmEngine(slots=slots, kv_gb=1.0)
     set_environment(config, threads)
@@ -37,14 +37,14 @@ def vllm_generator(model: PreTrainedModel, dtype: str, *, slots: int, threads: i
         engine = Engine(Path(folder), config, device="cpu", dtype=dtype, context=context, stop_ids=[])
         try:
             engine.attach(canary.stage)
-            generator = VllmGenerator(engine, canary, config=config, context=context, decode=lambda tokens: "")
+            generator = EngineGenerator(engine, canary, config=config, context=context, decode=lambda tokens: "")
             generator.load({name: tensor.detach() for name, tensor in named_weights(model).items()}, 0)
             yield generator
         finally:
             engine.close()
 
 
-def generate(engine: VllmGenerator, tickets: list[Ticket]) -> list[Rollout]:
+def generate(engine: EngineGenerator, tickets: list[Ticket]) -> list[Rollout]:
     for ticket in tickets:
         engine.add(ticket)
     rollouts: list[Rollout] = []
@@ -53,7 +53,7 @@ def generate(engine: VllmGenerator, tickets: list[Ticket]) -> list[Rollout]:
     return rollouts
 
 
-def exchange(engine: VllmGenerator, model: PreTrainedModel, tickets: list[Ticket]) -> dict[str, float]:
+def exchange(engine: EngineGenerator, model: PreTrainedModel, tickets: list[Ticket]) -> dict[str, float]:
     """Median seconds of an exchange with all tickets' sequences in flight: to stage (decoding may go on), to apply (it
     stands still), and until the canary has answered (the sequences go on, their tokens are kept back)."""
     weights = {name: tensor.detach() for name, tensor in named_weights(model).items()}
