@@ -25,6 +25,8 @@ needs_deepspeed = pytest.mark.skipif(
 PLAIN = ["torch-zero", "torch-bfloat16", "torch-ppo", "torch-untied"]
 RESUMED = ["torch-zero:zero3", "zero3:torch-zero", "zero2:zero3", "zero1-bfloat16:zero3-bfloat16"]
 """FORM:OTHER: what OTHER has after a step goes on in FORM."""
+REPEATED = ["zero1:zero1", "zero2-offload:zero2-offload", "zero3:zero3", "zero3-bfloat16:zero3-bfloat16"]
+"""The same form on as many ranks: to the same bits."""
 ALONE = ["zero3:zero3", "zero2:zero1"]
 """The same on one rank."""
 
@@ -51,7 +53,7 @@ def run_ranks(world: int, folder: Path, jobs: list[str]) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks left metrics and states of all jobs."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    run_ranks(2, folder, [*PLAIN, *deepspeed_rank.JOBS, *RESUMED, "poison", "types"])
+    run_ranks(2, folder, [*PLAIN, *deepspeed_rank.JOBS, *RESUMED, *REPEATED, "poison", "types"])
     run_ranks(1, folder, ALONE)
     return folder
 
@@ -84,6 +86,13 @@ def test_it_trains_as_the_plain_learner_does(job: str, results: Path) -> None:
 @pytest.mark.parametrize("job", RESUMED)
 def test_what_one_form_saved_another_continues(job: str, results: Path) -> None:
     compare(results, f"{job}:2", "torch-bfloat16" if "bfloat16" in job else "torch-zero", 2)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("job", REPEATED)
+def test_resumed_training_continues_to_the_same_bits(job: str, results: Path) -> None:
+    resumed, whole = (load_file(results / f"{name}-2-0.safetensors") for name in (f"{job}:2", job.partition(":")[0]))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @needs_deepspeed

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, LearnerConfig
+from engine.config import Config, DeepSpeedBackend, LearnerConfig
 from engine.devices import resolve_device
 from engine.weights import Publisher
 from protocols import messages as m
@@ -222,6 +222,7 @@ class Learner:
             peer_timeout_s=self.config.learner.peer_timeout_s,
             token=self.token,
             sparse=sends_changes(self.config.learner),
+            in_host_memory=isinstance(self.config.learner.backend, DeepSpeedBackend),
         )
         self._announce()
 

@@ -48,6 +48,7 @@ class Publisher:
         bucket_bytes: int = BUCKET_BYTES,
         peer_timeout_s: float = 60.0,
         sparse: bool = False,
+        in_host_memory: bool = False,
         token: str = "",
         connect: Connect = connect,
     ) -> None:
@@ -55,8 +56,9 @@ class Publisher:
         who holds it can reach the store.
 
         `device` is where weights are staged: "cpu" goes over gloo, "cuda" over NCCL (subscribers must have the same,
-        and a GPU each that is not the learner's). `sparse` sends a member that holds the version before only what
-        changed, where that is less; it takes a second copy of the weights. Raises `OSError` when it cannot listen.
+        and a GPU each that is not the learner's); `in_host_memory` they lie on the CPU whatever they go over. `sparse`
+        sends a member that holds the version before only what changed, where that is less; it takes a second copy of
+        the weights. Raises `OSError` when it cannot listen.
         """
         if bucket_bytes < 1 or peer_timeout_s <= 0:
             raise ValueError(f"weights: got bucket_bytes {bucket_bytes}, peer_timeout_s {peer_timeout_s}; expected > 0")
@@ -72,7 +74,7 @@ class Publisher:
         """(host, port) that a `Subscriber` is given."""
         self._roster = Roster(peer_timeout_s=peer_timeout_s, grace_s=min(GRACE_S, peer_timeout_s / 2))
         self._groups = Groups(self._store, connect, host=host, device=self._device, timeout_s=peer_timeout_s)
-        self._staging = Staging(self._device, sparse=sparse)
+        self._staging = Staging(torch.device("cpu") if in_host_memory else self._device, sparse=sparse)
         self._staged: Staged | None = None
         self._sending = False
         self._closing = False

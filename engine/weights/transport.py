@@ -138,9 +138,11 @@ class NcclTransport:
             self._group = ProcessGroupNCCL(PrefixStore(seat.prefix, store), seat.rank, seat.size, options)
 
     def broadcast(self, bucket: Tensor) -> Callable[[], None]:
+        """A bucket in the host's memory, which only the learner has, goes by way of the GPU."""
         with _explained(f"{self._seat}: broadcast"):
-            work = self._group.broadcast([bucket], _from_learner())
-        return lambda: self._wait(work, bucket.numel())
+            sent = bucket.to(self._seat.device)
+            work = self._group.broadcast([sent], _from_learner())
+        return lambda: self._wait(work, sent)
 
     def close(self) -> None:
         if self._group is not None:
@@ -148,9 +150,10 @@ class NcclTransport:
                 self._group.abort()
             self._group = None
 
-    def _wait(self, work: Any, nbytes: int) -> None:
+    def _wait(self, work: Any, sent: Tensor) -> None:
+        """`sent` lives until it is there."""
         deadline = time.monotonic() + self._seat.timeout_s
-        with _explained(f"{self._seat}: broadcast of {nbytes} bytes"):
+        with _explained(f"{self._seat}: broadcast of {sent.numel()} bytes"):
             while not work.is_completed():
                 if time.monotonic() > deadline:
                     raise TransportError(f"no end within {self._seat.timeout_s} s")
