@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from engine.attention import NAME
 from engine.config import ConfigError
@@ -32,9 +33,12 @@ SAME = (
 """What a critic's config must have in common with its policy's."""
 
 
-def load_critic(path: str | Path | None, policy: str | Path, *, dtype: str, device: str) -> PreTrainedModel:
+def load_critic(
+    path: str | Path | None, policy: str | Path, *, dtype: str, device: str, weights: bool = True
+) -> PreTrainedModel:
     """The critic in the folder `path`; None starts one from the folder of the policy, with a head of zeros. In eval mode,
-    all parameters of `dtype`.
+    all parameters of `dtype`. With `weights=False` none are read, and nobody has written them yet: they come from another
+    rank.
 
     Raises `ConfigError` for a missing or broken folder, one that is no critic, and one whose architecture, size,
     vocabulary or tokenizer is not that of the policy.
@@ -47,7 +51,7 @@ def load_critic(path: str | Path | None, policy: str | Path, *, dtype: str, devi
     if path is not None:
         _check_same(folder, config, policy)
     config.num_labels = 1
-    model = _read_weights(folder, config, dtype, fresh=path is None)
+    model = _read_weights(folder, config, dtype, fresh=path is None) if weights else _bare(config, dtype)
     if not model._supports_attention_backend:
         raise ConfigError(
             f"critic {folder}: {type(model).__name__} does not take an attention function in transformers"
@@ -94,6 +98,11 @@ def _read_weights(folder: Path, config: PretrainedConfig, dtype: str, *, fresh: 
     if missing:
         raise ConfigError(f"{where}: {len(missing)} weights are missing from its files, the first is {missing[0]}")
     return model
+
+
+def _bare(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    with quiet(), no_init_weights():
+        return AutoModelForTokenClassification.from_config(config, dtype=DTYPES[dtype], attn_implementation=NAME)
 
 
 def _check_same(folder: Path, config: PretrainedConfig, policy: Path) -> None:

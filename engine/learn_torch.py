@@ -308,6 +308,12 @@ def load_place(settings: LearnerConfig, device: str) -> str:
     return "cpu" if isinstance(settings.backend, DeepSpeedBackend) else device
 
 
+def reads_weights(settings: LearnerConfig, rank: int) -> bool:
+    """Whether this rank reads a model's weights. With DeepSpeed the first one does, and sends every other rank its part, one
+    tensor after another."""
+    return rank == 0 or isinstance(settings.backend, TorchBackend)
+
+
 def _pack_logprobs(model: PreTrainedModel, micro_batch: Pack, temperature: float) -> tuple[Tensor, Tensor]:
     hidden = hidden_states(model, micro_batch.ids, micro_batch.positions, micro_batch.attention)
     states = hidden.index_select(0, micro_batch.predictors)

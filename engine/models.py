@@ -62,6 +62,17 @@ def load_model(path: str | Path, *, dtype: str, device: str, weights: bool = Tru
     return model.eval()
 
 
+def bare_model(path: str | Path, *, dtype: str) -> PreTrainedModel:
+    """As `load_model`, on the CPU, with weights that nobody has written yet and that take no memory until then: they come
+    from another rank."""
+    path = Path(path)
+    with quiet():
+        model = _architecture(read_config(path), dtype, f"model {path}")
+    _check_model(model, f"model {path}")
+    model.config.use_cache = False
+    return model.eval()
+
+
 def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
     """Final (normed) hidden states [N, H] of one row: `ids` [N] and `positions` [N] int64; `attention` decides which token
     attends to which. Logits are `hidden @ output_weight(model).T`."""

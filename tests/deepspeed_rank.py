@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import Config, ConfigError
 from engine.learn_torch import TorchLearner
+from engine.models import named_weights
 from engine.trained_model import NonFiniteError
 from protocols.messages import Batch
 
@@ -58,8 +59,12 @@ def make_learner(job: str, rank: int, world: int) -> TorchLearner:
     """A job's name behind "torch-" asks for the plain form."""
     config, dtype = settings(job)
     kind = "qwen2" if "untied" in job else "llama"
-    critic = tiny_critic() if "ppo" in job else None
-    return TorchLearner(config, tiny_model(kind, dtype), critic=critic, rank=rank, world=world)
+    model, critic = tiny_model(kind, dtype), tiny_critic() if "ppo" in job else None
+    if rank > 0 and job in JOBS:  # it has the weights from the first rank
+        with torch.no_grad():
+            for weight in chain(model.parameters(), critic.parameters() if critic is not None else ()):
+                weight.fill_(torch.nan)
+    return TorchLearner(config, model, critic=critic, rank=rank, world=world)
 
 
 def updates(step: int, rank: int | None) -> list[Batch]:
@@ -95,6 +100,17 @@ def train(learner: TorchLearner, name: str, steps: tuple[int, ...], folder: Path
         save_file(state, folder / f"{name}-{step}-{rank}.safetensors")
 
 
+def most_at_once(rank: int, folder: Path) -> None:
+    """How many bytes of whole weights there are while all of them are gathered in buckets of 8 kB."""
+    learner = make_learner("zero3", rank, 2)
+    assert learner.policy is not None
+    learner.policy.bucket_bytes = 8192
+    weights = learner.weights()
+    whole = [sum(weight.nbytes for weight in named_weights(learner.model).values()) for _ in weights.items()]
+    sizes = {name: weight.nbytes for name, weight in weights.like.items()}
+    (folder / f"buckets-{rank}.json").write_text(json.dumps([whole, sizes]))
+
+
 def poison(job: str, rank: int, folder: Path) -> None:
     """One rank's data make the loss infinite."""
     learner = make_learner(job, rank, 2)
@@ -122,6 +138,9 @@ def main(rank: int, world: int, folder: Path, jobs: list[str]) -> None:
                 TorchLearner(settings("zero3")[0], tiny_model(dtype=torch.bfloat16), rank=rank, world=world)
             except ConfigError as error:
                 (folder / f"types-{rank}.error").write_text(str(error))
+            continue
+        if name == "buckets":
+            most_at_once(rank, folder)
             continue
         if name == "poison":
             poison("zero3", rank, folder)

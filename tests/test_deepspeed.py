@@ -53,7 +53,7 @@ def run_ranks(world: int, folder: Path, jobs: list[str]) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks left metrics and states of all jobs."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    run_ranks(2, folder, [*PLAIN, *deepspeed_rank.JOBS, *RESUMED, *REPEATED, "poison", "types"])
+    run_ranks(2, folder, [*PLAIN, *deepspeed_rank.JOBS, *RESUMED, *REPEATED, "poison", "types", "buckets"])
     run_ranks(1, folder, ALONE)
     return folder
 
@@ -107,6 +107,14 @@ def test_a_rank_with_bad_numbers_stops_all_ranks_before_a_weight_changes(results
         error = (results / f"poison-{rank}.error").read_text()
         assert f"learner rank {rank}: step 1, update 1 of 1: policy: not finite: the loss (nan)" in error
         assert "unchanged=True" in error
+
+
+@needs_deepspeed
+def test_no_more_than_a_bucket_is_whole_at_a_time(results: Path) -> None:
+    for rank in (0, 1):
+        whole, sizes = json.loads((results / f"buckets-{rank}.json").read_text())
+        assert len(whole) == len(sizes)
+        assert max(sizes.values()) <= max(whole) <= 8192 < sum(sizes.values()) / 4
 
 
 @needs_deepspeed

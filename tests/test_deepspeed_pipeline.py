@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from workers.trainer import CRITIC_PREFIX
 
 SHARDED = [
     "steps=3", "learner.ranks=2", 'learner.backend={type="deepspeed", zero=3, whole_below=0}', "generator.count=1",
-    'objective={type="vcppo"}', "critic={lr=1e-3, pretrain_steps=1}", "buffer.dynamic_sampling=false", "eval.prompts=0",
+    "buffer.groups_per_step=12", 'objective={type="vcppo"}', "critic={lr=1e-3, pretrain_steps=1}",
+    "buffer.dynamic_sampling=false", "eval.prompts=0",
 ]  # fmt: skip
 
 
@@ -50,6 +53,18 @@ def test_replay_comes_to_the_weights_that_the_log_names(run: Path) -> None:
     found = replay(run)
     assert found.returncode == 0, found.stderr + found.stdout
     assert "3 steps verified (1 to 3)" in found.stdout
+
+
+@needs_deepspeed
+def test_a_critic_is_pretrained_on_its_log_by_two_ranks(run: Path) -> None:
+    out = run.parent / "critic"
+    command = [sys.executable, "-m", "workers.cli", "pretrain-critic", str(run), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert AutoModelForTokenClassification.from_pretrained(out).num_labels == 1
+    curve = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    assert curve[-1]["step"] == 1
+    assert curve[-1]["value_loss"] != curve[0]["value_loss"]
 
 
 @needs_deepspeed

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from engine.config import (
+    CollectObjective,
     Config,
     ConfigError,
     DapoObjective,
@@ -105,6 +106,8 @@ def _ranges(config: Config) -> Iterator[str]:
 
 
 def _run(config: Config) -> Iterator[str]:
+    if isinstance(config.objective, CollectObjective) and isinstance(config.learner.backend, DeepSpeedBackend):
+        yield 'objective.type = "collect" trains nothing: got learner.backend.type = "deepspeed", expected "torch"'
     if PurePath(config.name).parts != (config.name,) or config.name in ("..", "/"):
         yield f"name: got {config.name!r}, expected one folder name"
     for key, device in [("learner", config.learner.device)] + (

@@ -21,7 +21,7 @@ from msgspec import Struct
 from engine.checkpoint import save_critic
 from engine.config import CollectObjective, Config, ConfigError, CriticConfig, LevelOff, PpoObjective, load_config
 from engine.critic import FOLDER, load_critic
-from engine.learn_torch import TorchLearner, load_place, versions
+from engine.learn_torch import TorchLearner, load_place, reads_weights, versions
 from engine.level_off import Levelling
 from engine.objectives.values import VALUE_SUMS, value_figures, value_sums
 from engine.packing import assign
@@ -69,7 +69,8 @@ def pretrain(request: Request, arguments: list[str]) -> int:
             folder = source.start_folder()
             check_same_versions(Ranks(rank, world), device, versions(config.learner))
             place = load_place(config.learner, device)
-            model = load_critic(critic.path, folder, dtype=config.learner.dtype, device=place)
+            reads = reads_weights(config.learner, rank)
+            model = load_critic(critic.path, folder, dtype=config.learner.dtype, device=place, weights=reads)
             learner = TorchLearner(config, None, critic=model, rank=rank, world=world)
             work = Pretraining(config, critic, data, learner, every=request.every)
             work.run()

@@ -31,8 +31,8 @@ from engine.config import Config, ConfigError, PpoObjective, dump_config, policy
 from engine.critic import load_critic
 from engine.gathered import Gathered
 from engine.learn_pages import PageLearner
-from engine.learn_torch import TorchLearner, load_place, versions
-from engine.models import load_model
+from engine.learn_torch import TorchLearner, load_place, reads_weights, versions
+from engine.models import bare_model, load_model
 from engine.packing import assign
 from engine.rank_versions import check_same_versions
 from engine.trained_model import Ranks
@@ -90,10 +90,12 @@ class Trainer:
             self.learner = PageLearner(config, self.folder, device=device, ranks=ranks)
             self.model: nn.Module = self.learner.model
             return
-        place = load_place(config.learner, device)
-        self.model = model = load_model(self.folder, dtype=config.learner.dtype, device=place)
+        place, reads = load_place(config.learner, device), reads_weights(config.learner, rank)
+        dtype = config.learner.dtype
+        model = load_model(self.folder, dtype=dtype, device=place) if reads else bare_model(self.folder, dtype=dtype)
+        self.model = model
         if isinstance(config.objective, PpoObjective):
-            self.critic = self._load_critic(place)
+            self.critic = self._load_critic(place, reads)
         self.learner = TorchLearner(config, model, critic=self.critic, rank=rank, world=world, process_group=group)
 
     def resume(self, until: int) -> int:
@@ -173,12 +175,12 @@ class Trainer:
         save_checkpoint(self.checkpoints, step, policy, meta=meta, critic=critic)
         prune_checkpoints(self.checkpoints, self.config.learner.keep_checkpoints)
 
-    def _load_critic(self, device: str) -> PreTrainedModel:
+    def _load_critic(self, device: str, weights: bool) -> PreTrainedModel:
         critic = self.config.critic
         if critic is None:
             raise ConfigError(f"{self.config.source}: this objective trains a critic, and there is no [critic]")
         self.critic_source = Path(critic.path) if critic.path is not None else self.folder
-        return load_critic(critic.path, self.folder, dtype=self.config.learner.dtype, device=device)
+        return load_critic(critic.path, self.folder, dtype=self.config.learner.dtype, device=device, weights=weights)
 
     def _say_pretrained(self, step: int, metrics: dict[str, float]) -> None:
         if self.rank == 0:
