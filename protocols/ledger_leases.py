@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -14,6 +15,8 @@ class Leases:
     def __init__(self, pace: Pace, groups: dict[int, Group]) -> None:
         self._pace, self._groups = pace, groups
         self.workers: dict[str, Worker] = {}
+        self._earliest = math.inf
+        """No lease ends before this; renewals only raise their ends, so that most turns need not look at each of them."""
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
@@ -70,12 +73,16 @@ class Leases:
 
     def expired(self, now: float) -> Iterator[tuple[int, int]]:
         """Ends the leases that ran out. Their workers get nothing more until they are heard of."""
+        if now <= self._earliest:
+            return
         for worker in self.workers.values():
             late = [(g, i) for g, i in worker.outstanding if self._groups[g].samples[i].deadline < now]
             for group, index in late:
                 worker.outstanding.discard((group, index))
                 worker.suspect = True
                 yield group, index
+        held = (self._groups[g].samples[i].deadline for w in self.workers.values() for g, i in w.outstanding)
+        self._earliest = min(held, default=math.inf)
 
     def issue(self, waiting: deque[int], now: float) -> Iterator[Issue]:
         """Gives the new samples of the `waiting` groups to generators, the emptiest first."""
@@ -97,6 +104,7 @@ class Leases:
                 sample = group.samples[index]
                 sample.stage, sample.fence, sample.worker = "leased", group.fence, name
                 sample.deadline = now + self._pace.lease_s
+                self._earliest = min(self._earliest, sample.deadline)
                 worker.outstanding.add((group.id, index))
             if len(given) == len(wanted):
                 waiting.popleft()
@@ -112,5 +120,6 @@ class Leases:
             group, index = waiting.popleft()
             sample = self._groups[group].samples[index]
             sample.stage, sample.worker, sample.deadline = "grading", name, now + self._pace.grade_lease_s
+            self._earliest = min(self._earliest, sample.deadline)
             scorers[name].outstanding.add((group, index))
             yield Score(name, group, index, sample.attempt)

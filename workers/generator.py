@@ -31,6 +31,7 @@ from engine.text import TextModel
 from engine.weights import Update
 from protocols.link import Client, KeysError, LinkError, LinkRefused, LinkTimeout
 from protocols.messages import Ack, Announce, Goodbye, HandBack, Hello, Ticket
+from workers.credit import capacity
 from workers.keys import worker_keys
 from workers.weight_feed import LearnerLost, WeightFeed
 
@@ -69,11 +70,6 @@ def run(config: Config, join: str, name: str | None = None, *, gone_s: float = G
     except (LinkError, LearnerLost, EngineLost, FloatingPointError) as error:
         return _fail(name, error, 1)
     return 0
-
-
-def capacity(slots: int) -> int:
-    """Samples held at once: the slots, and a few that wait so that no slot stays free while the buffer is asked."""
-    return slots + max(1, slots // 4)
 
 
 def _engine(config: Config) -> TorchGenerator | EngineGenerator:
