@@ -21,15 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.config import Config, CriticConfig, DeepSpeedBackend, LearnerConfig, TorchBackend
-from engine.critic import HEAD, token_values
-from engine.devices import resolve_device
+from engine.backends import make_trained_model
+from engine.config import Config, CriticConfig, LearnerConfig
+from engine.critic import token_values
 from engine.gathered import Gathered, held
 from engine.host_memory import return_freed_tensors
-from engine.learn_deepspeed_start import installed_version, set_environment
 from engine.level_off import Pretraining
 from engine.logprobs import token_logprobs
-from engine.models import DTYPES, hidden_states, named_weights, output_weight
+from engine.models import hidden_states, named_weights, output_weight
 from engine.objectives import Objective, Targets, make_objective, make_pretraining
 from engine.optimizer import Optimizer
 from engine.packing import Pack, idle_pack, pack
@@ -116,30 +115,7 @@ class TorchLearner:
         return metrics
 
     def _trained(self, name: str, model: PreTrainedModel, settings: LearnerConfig | CriticConfig) -> TrainedModel:
-        bucket_bytes, layers = self.settings.bucket_mb << 20, self.settings.gradient_checkpointing
-        backend, device = self.settings.backend, resolve_device(self.settings.device)
-        if isinstance(backend, TorchBackend):
-            return TorchModel(
-                name, model, settings, ranks=self.ranks, bucket_bytes=bucket_bytes, gradient_checkpointing=layers
-            )
-        installed_version()
-        set_environment(device)
-        from engine.learn_deepspeed import DeepSpeedModel  # a heavy package, and an extra
-
-        output = model.get_output_embeddings()
-        outside = [output.weight] if output is not None else list(model.get_submodule(HEAD).parameters())
-        return DeepSpeedModel(
-            name,
-            model,
-            settings,
-            backend=backend,
-            outside=outside,
-            dtype=DTYPES[self.settings.dtype],
-            device=device,
-            ranks=self.ranks,
-            bucket_bytes=bucket_bytes,
-            gradient_checkpointing=layers,
-        )
+        return make_trained_model(name, model, settings, learner=self.settings, ranks=self.ranks)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -292,26 +268,6 @@ _NAMES = {
 _SUMS = dict.fromkeys(
     ("entropy", "loss_tokens", "tokens", "responses", "reward", "correct", "inputs", "inputs_unshared"), 1
 )
-
-
-def versions(settings: LearnerConfig) -> dict[str, str]:
-    """What ranks that train together must have in common. Raises `ConfigError` where the backend is missing or of a version
-    that is not supported."""
-    found = {"torch": torch.__version__, "dtype": settings.dtype, "backend": settings.backend.__struct_config__.tag}
-    if isinstance(settings.backend, DeepSpeedBackend):
-        found |= {"DeepSpeed": installed_version(), "zero": str(settings.backend.zero)}
-    return {name: str(value) for name, value in found.items()}
-
-
-def load_place(settings: LearnerConfig, device: str) -> str:
-    """Where a model is to be read: a rank that keeps a part takes it from the host's memory."""
-    return "cpu" if isinstance(settings.backend, DeepSpeedBackend) else device
-
-
-def reads_weights(settings: LearnerConfig, rank: int) -> bool:
-    """Whether this rank reads a model's weights. With DeepSpeed the first one does, and sends every other rank its part, one
-    tensor after another."""
-    return rank == 0 or isinstance(settings.backend, TorchBackend)
 
 
 def _pack_logprobs(model: PreTrainedModel, micro_batch: Pack, temperature: float) -> tuple[Tensor, Tensor]:

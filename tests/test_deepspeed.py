@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from engine.config import ConfigError
 from engine.learn_torch import TorchLearner
+from workers.check import problems, refuse
 
 HERE = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(
@@ -126,10 +127,23 @@ def test_weights_of_another_type_are_refused(results: Path) -> None:
 @pytest.mark.skipif(HERE, reason="DeepSpeed is installed here")
 def test_without_deepspeed_the_error_says_how_to_get_it() -> None:
     config = make_config(backend={"type": "deepspeed"})
-    with pytest.raises(
-        ConfigError, match=r"DeepSpeed is not installed here, expected version 0\.19: .*\.\[deepspeed\]"
-    ):
+    missing = r"DeepSpeed is not installed here, expected version 0\.19: .*\.\[deepspeed\]"
+    with pytest.raises(ConfigError, match=missing):
         TorchLearner(config, tiny_model())
+    with pytest.raises(ConfigError, match=missing):
+        refuse(config)
+
+
+@pytest.mark.parametrize(
+    ("backend", "objective", "error"),
+    [
+        ({"whole_below": -1}, {}, "learner.backend.whole_below: got -1, expected at least 0"),
+        ({}, {"type": "collect"}, 'objective.type = "collect" trains nothing: got learner.backend.type = "deepspeed"'),
+    ],
+)
+def test_contradictions_are_named(backend: dict, objective: dict, error: str) -> None:
+    found = problems(make_config(backend={"type": "deepspeed", **backend}, objective=objective))
+    assert any(error in problem for problem in found), found
 
 
 def test_an_unknown_stage_is_refused() -> None:

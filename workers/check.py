@@ -25,6 +25,7 @@ from engine.config import (
 )
 from engine.tasks import named_tasks, page_tasks
 from workers import contradictions, remarks
+from workers.contradictions_backend import missing_backend, sharing
 from workers.contradictions_critic import missing_critic
 from workers.memory import Memory, memory
 from workers.model_shape import ModelShape, model_shape, starting_model
@@ -71,6 +72,8 @@ def problems(config: Config) -> list[str]:
 def notes(config: Config) -> list[str]:
     """What is allowed and perhaps not meant, and what this machine lacks."""
     found = remarks.notes(config)
+    if (absent := missing_backend(config)) is not None:
+        found.append(f"{absent}; the run would be refused")
     if config.reads_pages:
         return found
     missing = contradictions.missing_model(config)
@@ -93,6 +96,7 @@ def refuse(config: Config) -> None:
         found += filter(None, [contradictions.missing_model(config)])
     if isinstance(config.objective, PpoObjective):
         found += filter(None, [missing_critic(config)])
+    found += filter(None, [missing_backend(config)])
     if found:
         raise ConfigError("\n".join(f"{config.source}: {problem}" for problem in found))
 
@@ -196,6 +200,7 @@ def _step(config: Config) -> Section:
             f"{updates}, each of {_share(groups, updates)} groups = {_share(groups * samples, updates)} samples",
         ),
         ("ranks", f"{config.learner.ranks}, each about {groups / updates / config.learner.ranks:.4g} groups an update"),
+        ("backend", sharing(config.learner)),
         ("micro-batches", f"of at most {config.learner.token_budget:,} tokens"),
     ]
     return Section("A step", lines)

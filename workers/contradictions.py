@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from engine.config import (
-    CollectObjective,
     Config,
     ConfigError,
     DapoObjective,
-    DeepSpeedBackend,
     IcepopCorrection,
     JsonlTask,
     NewModel,
@@ -28,6 +26,7 @@ from engine.config import (
     load_config,
 )
 from engine.tasks import named_tasks
+from workers.contradictions_backend import backend
 from workers.contradictions_critic import critic
 from workers.contradictions_offline import offline
 from workers.contradictions_pages import pages
@@ -37,11 +36,11 @@ from workers.model_shape import ModelShape, model_shape, starting_model
 def errors(config: Config) -> list[str]:
     """Every contradiction in the config, in the order of its sections."""
     if config.reads_pages:
-        return [*_ranges(config), *_run(config), *pages(config)]
+        return [*_ranges(config), *_run(config), *backend(config), *pages(config)]
     if wrong := list(pages(config)):
         return wrong
     found = [*_ranges(config), *_run(config), *_tasks(config), *_buffer(config), *_lengths(config), *offline(config)]
-    found += critic(config)
+    found += [*critic(config), *backend(config)]
     if not isinstance(config.objective, SftObjective):
         found += [*_sampling(config), *_overlong(config)]
     elif unsolved := [name for name, task in named_tasks(config.tasks).items() if _no_solution(task)]:
@@ -85,8 +84,6 @@ def _ranges(config: Config) -> Iterator[str]:
         ("eval.temperature", evaluation.temperature),
         ("eval.top_p", evaluation.top_p),
     ]
-    if isinstance(learner.backend, DeepSpeedBackend):
-        at_least.append(("learner.backend.whole_below", learner.backend.whole_below, 0))
     if config.generator is not None:
         at_least += [
             ("generator.count", config.generator.count, 0),
@@ -106,8 +103,6 @@ def _ranges(config: Config) -> Iterator[str]:
 
 
 def _run(config: Config) -> Iterator[str]:
-    if isinstance(config.objective, CollectObjective) and isinstance(config.learner.backend, DeepSpeedBackend):
-        yield 'objective.type = "collect" trains nothing: got learner.backend.type = "deepspeed", expected "torch"'
     if PurePath(config.name).parts != (config.name,) or config.name in ("..", "/"):
         yield f"name: got {config.name!r}, expected one folder name"
     for key, device in [("learner", config.learner.device)] + (

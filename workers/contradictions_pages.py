@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from engine.config import Config, PagesTask, TorchBackend, UtelModel, UtelTagObjective
+from engine.config import Config, PagesTask, UtelModel, UtelTagObjective
 
 
 def pages(config: Config) -> Iterator[str]:
@@ -30,9 +30,6 @@ def _settings(config: Config, model: UtelModel) -> Iterator[str]:
             yield f"[{key}]: a UTel run has none"
     if config.learner.dtype != "float32" or config.learner.gradient_checkpointing:
         yield 'learner: got dtype or gradient_checkpointing that UTel does not have, expected "float32" and false'
-    if not isinstance(config.learner.backend, TorchBackend):
-        tag = config.learner.backend.__struct_config__.tag
-        yield f'learner.backend.type: got "{tag}", expected "torch" for UTel'
     try:
         model.shape(max(model.vocabulary, 1))
     except ValueError as error:

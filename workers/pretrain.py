@@ -18,10 +18,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from engine.backends import load_place, reads_weights, versions
 from engine.checkpoint import save_critic
 from engine.config import CollectObjective, Config, ConfigError, CriticConfig, LevelOff, PpoObjective, load_config
 from engine.critic import FOLDER, load_critic
-from engine.learn_torch import TorchLearner, load_place, reads_weights, versions
+from engine.learn_torch import TorchLearner
 from engine.level_off import Levelling
 from engine.objectives.values import VALUE_SUMS, value_figures, value_sums
 from engine.packing import assign

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.backends import load_place, reads_weights, versions
 from engine.checkpoint import (
     CheckpointError,
     Part,
@@ -31,7 +32,7 @@ from engine.config import Config, ConfigError, PpoObjective, dump_config, policy
 from engine.critic import load_critic
 from engine.gathered import Gathered
 from engine.learn_pages import PageLearner
-from engine.learn_torch import TorchLearner, load_place, reads_weights, versions
+from engine.learn_torch import TorchLearner
 from engine.models import bare_model, load_model
 from engine.packing import assign
 from engine.rank_versions import check_same_versions
