@@ -28,23 +28,30 @@ def start_sglang(folder: Path, settings: GeneratorConfig, config: SglangEngine) 
             f"generator.sampling.temperature: got {settings.sampling.temperature}, expected at least {COLDEST}: below, "
             "SGLang gives log-probabilities of another distribution than it draws from"
         )
+    canary, text = Canary(folder, settings.dtype), TextModel.load(folder)
+    context = min(config.context or canary.context, canary.context)
+    engine = start_engine(folder, settings, config, canary=canary, context=context, stop_ids=sorted(text.stop_ids))
+    return EngineGenerator(engine, canary, config=config, context=context, decode=text.decode)
+
+
+def start_engine(
+    folder: Path, settings: GeneratorConfig, config: SglangEngine, *, canary: Canary, context: int, stop_ids: list[int]
+) -> Engine:
+    """The engine alone, which takes weights from the canary's stage. Raises as `start_sglang`."""
     if config.address is None:
         check_installed(config)
-    canary = Canary(folder, settings.dtype)
     check_parallel(folder, canary.model.config, config.tensor_parallel)
-    context = min(config.context or canary.context, canary.context)
-    server: Server | None = None
-    if config.address is None:
+    base, server = config.address, None
+    if base is None:
         port, device = free_port(), resolve_device(settings.device)
         line = command(folder, config, port=port, device=device, dtype=settings.dtype, context=context)
-        server = Server(line, environment(device, settings.threads))
-    text = TextModel.load(folder)
-    api = Api(config.address or f"http://{HOST}:{port}", deadline_s=config.deadline_s)
+        base, server = f"http://{HOST}:{port}", Server(line, environment(device, settings.threads))
+    api = Api(base, deadline_s=config.deadline_s)
+    architecture = type(canary.model).__name__
     try:
         wait_ready(api, server, config.start_s)
-        architecture = type(canary.model).__name__
         session = check_server(api, folder, config, dtype=settings.dtype, context=context, architecture=architecture)
-        engine = Engine(api, server, config=config, stop_ids=sorted(text.stop_ids), session=session)
+        engine = Engine(api, server, config=config, stop_ids=stop_ids, session=session)
         engine.attach(canary.stage, folder)
     except BaseException:  # also Ctrl-C: the server is not the terminal's to end
         if server is not None:
@@ -52,4 +59,4 @@ def start_sglang(folder: Path, settings: GeneratorConfig, config: SglangEngine) 
         api.close()
         raise
     canary.stage.seal()
-    return EngineGenerator(engine, canary, config=config, context=context, decode=text.decode)
+    return engine

@@ -31,9 +31,9 @@ def overrides(folder: Path, **more: object) -> list[str]:
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
-def versions_by_worker(folder: Path) -> dict[str, set[int]]:
+def versions_by_worker(folder: Path, run: str = "quickstart-vllm") -> dict[str, set[int]]:
     """The versions of the weights under which each generator sampled what was trained."""
-    with closing(Log.open(folder / "quickstart-vllm" / "rollouts.db")) as log:
+    with closing(Log.open(folder / run / "rollouts.db")) as log:
         rows = log.query("SELECT worker, versions FROM rollouts")
     found: dict[str, set[int]] = {}
     for worker, versions in rows:
@@ -71,8 +71,8 @@ def test_one_of_vllm_and_one_of_ours_feed_one_run(tmp_path: Path) -> None:
                 process.wait()
 
 
-def trained_by(folder: Path) -> set[str]:
-    path = folder / "quickstart-vllm" / "rollouts.db"
+def trained_by(folder: Path, run: str = "quickstart-vllm") -> set[str]:
+    path = folder / run / "rollouts.db"
     if not path.exists():
         return set()
     with closing(Log.open(path)) as log:

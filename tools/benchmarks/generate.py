@@ -3,9 +3,12 @@
 64 sequences in 8 groups of a shared prompt, with skewed (lognormal) response lengths that both must produce: ours as
 `max_tokens` of each sample, `transformers` as one padded batch that runs until the longest is done. Only the wanted
 tokens count. The two run in turns in one process, so that a busy machine slows both. Where vLLM is installed, the vLLM
-generator does the same work in turns with them, in fp32 and bf16, and what an exchange of weights costs it is measured.
+generator does the same work in turns with them, in fp32 and bf16, and what an exchange of weights costs it is measured; so
+does the SGLang generator where `--sglang` names an interpreter that has it.
 
     python -m tools.benchmarks.generate --repeats 5 --json generate.json
+    python -m tools.benchmarks.generate --models 135M --sglang .venv-sglang/bin/python --launcher tests/sglang_cpu.py \
+        --options "--attention-backend torch_native --max-total-tokens 32768"
 """
 
 from __future__ import annotations
@@ -27,12 +30,15 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from engine.attention import NAME
-from engine.config import TorchEngine
+from engine.config import SglangEngine, TorchEngine
 from engine.generate_torch import TorchGenerator
 from protocols.messages import INT, Rollout, Sampling, Ticket
-from tools.benchmarks.generate_vllm import errors, exchange, generate, vllm_generator
+from tools.benchmarks.generate_engines import errors, exchange, generate
+from tools.benchmarks.generate_sglang import Dtype, sglang_generator
+from tools.benchmarks.generate_vllm import vllm_generator
 
 GROUPS, SAMPLES, PROMPT = 8, 8, 128
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 CHECKED = 8
 """Sequences whose log-probabilities are compared with a fresh forward pass."""
 
@@ -69,13 +75,15 @@ CASES = {
 }
 
 
-def run(cases: list[str], *, repeats: int, threads: int = 1) -> list[dict[str, float | str]]:
+def run(
+    cases: list[str], *, repeats: int, threads: int = 1, sglang: SglangEngine | None = None
+) -> list[dict[str, float | str]]:
     """One row a case: median, lowest and highest tokens/s of both, the ratio of the medians, the log-probabilities' error."""
     torch.set_num_threads(threads)
-    return [measure(name, CASES[name], repeats, threads) for name in cases]
+    return [measure(name, CASES[name], repeats, threads, sglang) for name in cases]
 
 
-def measure(name: str, case: Case, repeats: int, threads: int) -> dict[str, float | str]:
+def measure(name: str, case: Case, repeats: int, threads: int, sglang: SglangEngine | None) -> dict[str, float | str]:
     torch.manual_seed(0)
     plain = LlamaForCausalLM._from_config(case.config(), attn_implementation="sdpa").eval()
     hooked = LlamaForCausalLM._from_config(case.config(), attn_implementation=NAME).eval()
@@ -86,8 +94,12 @@ def measure(name: str, case: Case, repeats: int, threads: int) -> dict[str, floa
     with ExitStack() as parts:
         engines = {
             f"vllm_{dtype}": parts.enter_context(vllm_generator(plain, dtype, slots=len(work), threads=threads))
-            for dtype in ("float32", "bfloat16")
+            for dtype in DTYPES
             if importlib.util.find_spec("vllm") is not None
+        } | {
+            f"sglang_{dtype}": parts.enter_context(sglang_generator(plain, dtype, sglang, threads=threads))
+            for dtype in DTYPES
+            if sglang is not None
         }
         speeds: dict[str, list[float]] = {who: [] for who in ("ours", "transformers", *engines)}
         made: dict[str, list[Rollout]] = {}
@@ -163,12 +175,13 @@ def show(rows: list[dict[str, float | str]]) -> None:
             f"{row['logprob_error']:.1e}",
         )
     Console().print(table)
-    if any("vllm_float32" in row for row in rows):
-        Console().print(_vllm_table(rows))
+    for engine, title in (("vllm", "vLLM"), ("sglang", "SGLang")):
+        if any(f"{engine}_float32" in row for row in rows):
+            Console().print(_engine_table(rows, engine, title))
 
 
-def _vllm_table(rows: list[dict[str, float | str]]) -> Table:
-    table = Table(title="vLLM: the same work; an exchange of weights with all sequences in flight; log-probabilities")
+def _engine_table(rows: list[dict[str, float | str]], engine: str, title: str) -> Table:
+    table = Table(title=f"{title}: the same work; an exchange of weights with all in flight; log-probabilities")
     for column in (
         "model, type",
         "tokens/s",
@@ -180,8 +193,8 @@ def _vllm_table(rows: list[dict[str, float | str]]) -> Table:
     ):
         table.add_column(column, justify="left" if column == "model, type" else "right")
     for row in rows:
-        for dtype in ("float32", "bfloat16"):
-            who = f"vllm_{dtype}"
+        for dtype in DTYPES:
+            who = f"{engine}_{dtype}"
             speed, off = float(row[who]), [row[f"{who}_error_{what}"] for what in ("mean", "p99", "max")]
             table.add_row(
                 f"{row['model']}, {dtype}",
@@ -197,6 +210,9 @@ def main(
     models: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(CASES)}.")] = ",".join(CASES),
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of both.")] = 1,
+    sglang: Annotated[str | None, typer.Option(help="An interpreter that has SGLang.")] = None,
+    launcher: Annotated[str, typer.Option(help="What it runs.")] = "-m sglang.launch_server",
+    options: Annotated[str, typer.Option(help="More arguments of SGLang's server.")] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Compare the torch generator with transformers' generate."""
@@ -206,7 +222,14 @@ def main(
         raise typer.BadParameter(
             f"got {', '.join(unknown)}, expected some of {', '.join(CASES)}", param_hint="--models"
         )
-    rows = run(names, repeats=repeats, threads=threads)
+    server = sglang and SglangEngine(
+        slots=GROUPS * SAMPLES,
+        python=sglang,
+        launcher=tuple(launcher.split()),
+        options=tuple(options.split()),
+        gpu_memory=0.5,
+    )
+    rows = run(names, repeats=repeats, threads=threads, sglang=server or None)
     show(rows)
     if json_path is not None:
         json_path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
