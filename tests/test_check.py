@@ -55,6 +55,24 @@ def config(changes: dict[str, Any] | None = None) -> Config:
     return parse_config(data, "trial.toml")
 
 
+@pytest.mark.parametrize(
+    ("engine", "error"),
+    [
+        (
+            {"address": "http://h:1"},
+            "generator.count = 2, but the server at generator.engine.address = http://h:1 serves one",
+        ),
+        ({"address": "h:1"}, "generator.engine.address: got 'h:1', expected http://HOST:PORT"),
+        ({"address": "http://h:1", "python": "p"}, "got address, and python or options for a server that is started"),
+        ({"stream_interval": 0}, "generator.engine.stream_interval: got 0, expected at least 1"),
+        ({"deadline_s": 0.0}, "generator.engine.deadline_s: got 0.0, expected a positive number"),
+    ],
+)
+def test_what_an_sglang_engine_cannot_be(engine: dict[str, Any], error: str) -> None:
+    found = problems(config({"generator.engine": {"type": "sglang"} | engine, "generator.count": 2}))
+    assert any(error in each for each in found), found
+
+
 def test_the_base_has_neither_errors_nor_notes() -> None:
     assert problems(config()) == []
     assert notes(config()) == []

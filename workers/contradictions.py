@@ -28,6 +28,7 @@ from engine.config import (
 from engine.tasks import named_tasks
 from workers.contradictions_backend import backend
 from workers.contradictions_critic import critic
+from workers.contradictions_engine import generator_engine
 from workers.contradictions_offline import offline
 from workers.contradictions_pages import pages
 from workers.model_shape import ModelShape, model_shape, starting_model
@@ -90,6 +91,7 @@ def _ranges(config: Config) -> Iterator[str]:
             ("generator.engine.slots", config.generator.engine.slots, 1),
             ("generator.threads", config.generator.threads, 1),
         ]
+        yield from generator_engine(config.generator)
     for name, got, low in at_least:
         if not low <= got < math.inf:
             yield f"{name}: got {got}, expected at least {low}"
