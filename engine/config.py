@@ -29,6 +29,7 @@ from engine.config_objectives import (
     VcppoObjective,
 )
 from engine.config_pages import PagesTask, UtelModel, UtelObjective, UtelTagObjective
+from engine.config_placement import Placement
 from engine.config_section import ConfigError, Section
 from engine.config_tasks import (
     DocumentScore,
@@ -49,7 +50,8 @@ __all__ = [
     "AnyTask", "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective",
     "DecoupledCorrection", "DeepSpeedBackend", "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract",
     "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig", "LengthAdaptive", "LevelOff", "LogTask",
-    "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PagesTask", "PathModel", "PpoObjective",
+    "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PagesTask", "PathModel", "Placement",
+    "PpoObjective",
     "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "SglangEngine", "Task",
     "TorchBackend", "TorchEngine", "TruncatedCorrection", "UtelModel", "UtelObjective", "UtelTagObjective", "VapoObjective",
     "VcppoObjective", "VllmEngine", "apply_override", "dump_config", "load_config", "parse_config", "policy_folder",
@@ -213,6 +215,7 @@ class Config(Section, frozen=True):
     critic: CriticConfig | None = None
     reward: RewardConfig = RewardConfig()
     eval: EvalConfig = EvalConfig()
+    placement: Placement = Placement()
     cold_start: str | None = None
     seed: int = 0
     runs: str = "runs"

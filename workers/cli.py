@@ -48,13 +48,16 @@ def launch(
     set: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False,
     view: Annotated[bool, typer.Option("--view/--no-view", help="A live view, where there is a terminal.")] = True,
+    on: Annotated[
+        str, typer.Option(metavar="PLACE", help="here, slurm, or allocation: the Slurm job this is in.")
+    ] = "here",
 ) -> None:
     """Start every role of a run as a process of its own, watch over them, and print the closing table."""
-    from workers.launch import launch
+    from workers.launch_on import launch_on
     from workers.report import report
 
-    code = launch(str(config), set or [], resume=resume, live=view)
-    if code == 0:
+    code = launch_on(on, str(config), set or [], resume=resume, live=view)
+    if code == 0 and on != "slurm":  # the job has printed it
         report(load_config(config, set).run_dir, Console())
     raise typer.Exit(code)
 

@@ -11,7 +11,8 @@ from engine.config import Config, ConfigError
 from workers.restarts import Restarts
 from workers.roles import role_of, roles
 from workers.scale import MOST, Answer, Request, answer_request, forget_requests, take_request
-from workers.supervise import Exit, Supervisor
+from workers.site import Keeper
+from workers.supervise import Exit
 
 
 class Crew:
@@ -20,7 +21,7 @@ class Crew:
     def __init__(
         self,
         config: Config,
-        supervisor: Supervisor,
+        supervisor: Keeper,
         restarts: Restarts,
         *,
         term_s: float,

@@ -45,9 +45,9 @@ def observer_keys(run_dir: Path) -> WorkerKeys | None:
     return read_worker_keys(folder, "observer") if folder else None
 
 
-def provide_keys(config: Config) -> Path | None:
-    """Makes keys in the run's folder if it needs some and has none; the folder of those that were made now."""
-    if keys_folder(config) is not None or is_local(config.buffer.address):
+def provide_keys(config: Config, address: str) -> Path | None:
+    """Makes keys in the run's folder if a buffer at `address` needs some and has none; the folder of those made now."""
+    if keys_folder(config) is not None or is_local(address):
         return None
     make_keys(config.run_dir / FOLDER)
     return config.run_dir / FOLDER

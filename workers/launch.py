@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import sys
 import time
 from types import FrameType
 
-from engine.config import Config, ConfigError, NewModel, UtelModel, load_config
+from engine.config import Config, NewModel, UtelModel, load_config
 from workers.check import refuse
 from workers.crew import Crew
 from workers.keys import provide_keys
 from workers.last_words import out_of_space
-from workers.launch_errors import ENDED, LaunchError, LaunchRefused, Stopped, no_room, role_failure
+from workers.launch_errors import (
+    ENDED,
+    LaunchError,
+    LaunchRefused,
+    Stopped,
+    command_again,
+    no_room,
+    role_failure,
+)
 from workers.metrics import read_metrics
 from workers.restarts import Again, GivenUp, Patience, Restarts
-from workers.roles import ROLE_COMMAND, is_refusal, place, role_command, role_threads, roles, visible_gpus
-from workers.run_folder import being_written, complete, log_path, own, snapshot, trained
-from workers.supervise import Exit, Supervisor
+from workers.roles import ROLE_COMMAND, Rendezvous, is_refusal, place, role_command, role_threads, roles, visible_gpus
+from workers.run_folder import being_written, complete, log_path, own, refuse_taken, snapshot, trained
+from workers.site import HERE, Site
+from workers.supervise import Exit
 from workers.view import View
 from workers.worked import worked
 
@@ -36,23 +44,27 @@ def launch(
     live: bool = True,
     command: tuple[str, ...] = ROLE_COMMAND,
     patience: Patience | None = None,
+    site: Site = HERE,
 ) -> int:
-    """Runs a config to its end; 0 when the run is complete, 130 after Ctrl-C (143 after SIGTERM, 129 after SIGHUP).
+    """Runs a config to its end, at a site; 0 when the run is complete, 130 after Ctrl-C (143 after SIGTERM, 129 after
+    SIGHUP).
 
     Runs the config's cold start first where that is not done. Raises `ConfigError` for a config that cannot run or a
     run directory that is in use, `LaunchError` when a role cannot be kept alive.
     """
     config = load_config(path, overrides)
     refuse(config)
-    if log_path(config).exists() and not resume:
-        raise ConfigError(
-            f"{config.run_dir} holds a run already; continue it with --resume, "
-            f"or give this one another name with --set name={config.name}-2"
-        )
+    refuse_taken(config, resume=resume)
     if config.cold_start and not trained(first := load_config(config.cold_start)):
         print(f"headrace: cold start first: {config.cold_start}", flush=True)
         code = launch(
-            config.cold_start, [], resume=log_path(first).exists(), live=live, command=command, patience=patience
+            config.cold_start,
+            [],
+            resume=log_path(first).exists(),
+            live=live,
+            command=command,
+            patience=patience,
+            site=site,
         )
         if code != 0:
             return code
@@ -65,18 +77,14 @@ def launch(
     try:
         with (config.run_dir / "launch.lock").open("a+") as lock:
             own(lock, config.run_dir)
-            run = Launch(config, path, overrides, command=command, patience=patience or Patience(), live=live)
+            run = Launch(
+                config, path, overrides, command=command, patience=patience or Patience(), live=live, site=site
+            )
             return run.run()
     except OSError as error:
         if not out_of_space(error):
             raise
-        raise no_room(error, config.run_dir, command_again(path, overrides)) from error
-
-
-def command_again(path: str, overrides: list[str]) -> str:
-    """The command line that continues a run."""
-    options = [part for override in overrides for part in ("--set", override)]
-    return shlex.join(["headrace", "launch", path, *options, "--resume"])
+        raise no_room(error, config.run_dir, command_again(path, overrides, site.option)) from error
 
 
 class Launch:
@@ -91,16 +99,17 @@ class Launch:
         command: tuple[str, ...],
         patience: Patience,
         live: bool,
+        site: Site,
     ) -> None:
-        self.config, self.patience, self.live = config, patience, live
+        self.config, self.patience, self.live, self.site = config, patience, live, site
         self.overrides = [part for override in overrides for part in ("--set", override)]
-        self.again = command_again(path, overrides)
+        self.again = command_again(path, overrides, site.option)
         self.command = command
         self.logs = config.run_dir / "logs"
-        self.supervisor = Supervisor(self.logs)
+        self.supervisor = site.keeper(config, self.logs)
         self.diary = (self.logs / "launch.log").open("a", encoding="utf-8")
         self.file = snapshot(config, path)
-        self.gpus = visible_gpus()
+        self.gpus = visible_gpus() if site.shares_gpus else []
         self.address = ""
         self.view: View | None = None
         self.signals: list[int] = []
@@ -113,6 +122,7 @@ class Launch:
             number: signal.signal(number, self._signalled) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         try:
+            self.site.prepare(self.config)
             self._make_model()
             self._start_buffer()
             self.view = View(self.config.run_dir, self.address, steps=self.config.steps, live=self.live)
@@ -152,8 +162,10 @@ class Launch:
 
     def _start_buffer(self) -> None:
         """Starts the buffer and waits for the address that it publishes once it listens."""
-        if (made := provide_keys(self.config)) is not None:
-            self._say(f"made keys in {made}, for {self.config.buffer.address} reaches beyond this machine")
+        self.address = self.site.bind(self.config)
+        address = self.address or self.config.buffer.address
+        if (made := provide_keys(self.config, address)) is not None:
+            self._say(f"made keys in {made}, for {address} reaches beyond this machine")
         published = self.config.run_dir / "address"
         deadline = time.monotonic() + self.patience.leave_s
         while being_written(log_path(self.config)):  # a launcher that was killed: its roles take a moment to end
@@ -179,13 +191,13 @@ class Launch:
             address=self.address,
             resume=log_path(self.config).exists(),
             command=self.command,
+            rendezvous=self.site.rendezvous(self.config) if name == "learner" else Rendezvous(),
         )
         env = {"OMP_NUM_THREADS": str(role_threads(name, self.config)), "HEADRACE_TETHERED": "1"}
         # A learner that is gone is no news for its subscribers' logs: not with 20 lines of C++ stack each time.
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         env |= place(self.crew.config, self.gpus).get(name, {})
-        pid = self.supervisor.start(name, command, env)
-        self._say(f"{name} started (pid {pid})", quiet=True)
+        self._say(f"{name} started ({self.supervisor.start(name, command, env)})", quiet=True)
 
     # --- while it runs -----------------------------------------------------------------------------------------------
 

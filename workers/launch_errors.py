@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -48,3 +49,9 @@ def no_room(error: OSError, run_dir: Path, again: str) -> LaunchRefused:
 def _room(run_dir: Path) -> str:
     free = shutil.disk_usage(run_dir).free
     return f"\nthe file system of {run_dir} has {free / 2**20:.1f} MiB free" if free < LOW_BYTES else ""
+
+
+def command_again(path: str, overrides: list[str], where: tuple[str, ...]) -> str:
+    """The command line that continues a run."""
+    options = [part for override in overrides for part in ("--set", override)]
+    return shlex.join(["headrace", "launch", path, *where, *options, "--resume"])

@@ -8,11 +8,22 @@ import re
 import sys
 from collections.abc import Sequence
 
+from msgspec import Struct
+
 from engine.config import Config, SftObjective
 from workers.supervise import Exit
 
 ROLE_COMMAND = (sys.executable, "-m", "workers.cli")
 """What starts a role: this, the role's name, a config, options. Tests put a program of their own here."""
+
+
+class Rendezvous(Struct, frozen=True):
+    """How a learner's ranks find one another: `nodes` machines that meet at `endpoint` (host:port, on the first) under the name
+    `id`. Each is told its place among them by `PET_NODE_RANK` in its environment, as torchrun reads it."""
+
+    nodes: int = 1
+    endpoint: str = ""
+    id: str = ""
 
 
 def role_of(name: str) -> str:
@@ -29,7 +40,14 @@ def roles(config: Config) -> list[str]:
 
 
 def role_command(
-    name: str, config: Config, arguments: Sequence[str], *, address: str, resume: bool, command: Sequence[str]
+    name: str,
+    config: Config,
+    arguments: Sequence[str],
+    *,
+    address: str,
+    resume: bool,
+    command: Sequence[str],
+    rendezvous: Rendezvous = Rendezvous(),  # noqa: B008 -- frozen
 ) -> list[str]:
     """The command of one role. `arguments` are a config file and its overrides; `address` is empty until the buffer
     has published one, later it makes a buffer that is started anew listen where its workers look for it."""
@@ -41,7 +59,7 @@ def role_command(
         case "learner":
             options = ["--join", address]
             if config.learner.ranks > 1:
-                prefix = [*torchrun(config.learner.ranks), *prefix[1:]]
+                prefix = [*torchrun(config.learner.ranks, rendezvous), *prefix[1:]]
         case "generator" | "reward":
             options = ["--join", address, "--name", name]
     return [*prefix, role, *arguments, *options]
@@ -57,9 +75,16 @@ def role_threads(name: str, config: Config) -> int:
     return 1
 
 
-def torchrun(ranks: int) -> list[str]:
-    """The command that starts `ranks` processes of what follows on this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(ranks: int, where: Rendezvous = Rendezvous()) -> list[str]:  # noqa: B008 -- frozen
+    """The command that starts `ranks` processes of what follows: on this machine, or an equal share of them on each of the
+    machines that run it."""
+    run = [sys.executable, "-m", "torch.distributed.run"]
+    if where.nodes == 1:
+        return [*run, "--standalone", "--nproc-per-node", str(ranks)]
+    # Static: which machine is the first is told (PET_NODE_RANK), and not guessed from what its host name resolves to.
+    host, _, port = where.endpoint.rpartition(":")
+    meet = ["--rdzv-backend", "static", "--master-addr", host, "--master-port", port, "--rdzv-id", where.id]
+    return [*run, "--nnodes", str(where.nodes), *meet, "--nproc-per-node", str(ranks // where.nodes)]
 
 
 def is_refusal(exit: Exit) -> bool:

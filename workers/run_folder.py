@@ -18,6 +18,15 @@ def log_path(config: Config) -> Path:
     return config.run_dir / "rollouts.db"
 
 
+def refuse_taken(config: Config, *, resume: bool) -> None:
+    """Raises `ConfigError` where the folder holds a run that is not to be continued."""
+    if log_path(config).exists() and not resume:
+        raise ConfigError(
+            f"{config.run_dir} holds a run already; continue it with --resume, "
+            f"or give this one another name with --set name={config.name}-2"
+        )
+
+
 def being_written(path: Path) -> bool:
     """Whether a process has this log open for writing."""
     try:

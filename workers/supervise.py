@@ -57,8 +57,8 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         logs.mkdir(parents=True, exist_ok=True)
 
-    def start(self, name: str, command: list[str], env: Mapping[str, str]) -> int:
-        """Starts a command under a name that is not running; returns its pid. Raises OSError when it cannot."""
+    def start(self, name: str, command: list[str], env: Mapping[str, str]) -> str:
+        """Starts a command under a name that is not running; returns what it runs as. Raises OSError when it cannot."""
         if name in self._children:
             raise ValueError(f"{name} is running already (pid {self._children[name].process.pid})")
         path = self._logs / f"{name}.log"
@@ -78,7 +78,7 @@ class Supervisor:
             words.close()
             raise
         self._children[name] = Child(process, path, offset, words)
-        return process.pid
+        return f"pid {process.pid}"
 
     @property
     def running(self) -> list[str]:
@@ -101,15 +101,15 @@ class Supervisor:
 
     def ask_to_end(self, name: str) -> None:
         """SIGTERM, without waiting: its end comes out of `exits`."""
-        _signal_session(self._children[name].process.pid, signal.SIGTERM)
+        _signal_session(self.pid(name), signal.SIGTERM)
 
     def stop(self, names: Iterable[str], *, grace_s: float, hurried: Callable[[], bool] = lambda: False) -> list[str]:
         """SIGTERM, then after `grace_s`, or once `hurried()`, SIGKILL to each with all its descendants; returns those
         that had to be killed."""
         stopping = {name: self._children[name] for name in names if name in self._children}
         offspring = [process for child in stopping.values() for process in _descendants(child.process)]
-        for child in stopping.values():
-            _signal_session(child.process.pid, signal.SIGTERM)
+        for name in stopping:
+            self.ask_to_end(name)
         deadline = time.monotonic() + grace_s
         while any(child.process.poll() is None for child in stopping.values()):
             if time.monotonic() > deadline or hurried():
