@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from engine.config import Config, ConfigError, VllmEngine, load_config
+from engine.config import Config, ConfigError, TorchEngine, load_config
 from engine.config_placement import Resources
 
 
@@ -62,13 +62,10 @@ def _processors(config: Config) -> Iterator[str]:
     yield from _device("generator", generator.device, placement.generator)
     if generator.threads > placement.generator.cpus:
         yield f"generator.threads = {generator.threads}, and placement.generator.cpus = {placement.generator.cpus}"
-    used = generator.engine.tensor_parallel if isinstance(generator.engine, VllmEngine) else 1
+    sharded = not isinstance(generator.engine, TorchEngine)
+    used = 1 if isinstance(generator.engine, TorchEngine) else generator.engine.tensor_parallel
     if placement.generator.gpus not in (0, used):
-        what = (
-            "generator.engine.tensor_parallel"
-            if isinstance(generator.engine, VllmEngine)
-            else "the torch engine's GPUs"
-        )
+        what = "generator.engine.tensor_parallel" if sharded else "the torch engine's GPUs"
         yield f"placement.generator.gpus = {placement.generator.gpus}, and {what} = {used}"
 
 
