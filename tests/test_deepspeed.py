@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from engine.config import ConfigError
 from engine.learn_torch import TorchLearner
 from workers.check import problems, refuse
+from workers.memory import memory
+from workers.model_shape import model_shape
 
 HERE = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(
@@ -149,3 +151,14 @@ def test_contradictions_are_named(backend: dict, objective: dict, error: str) ->
 def test_an_unknown_stage_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"Invalid enum value 4.*learner\.backend\.zero"):
         make_config(backend={"type": "deepspeed", "zero": 4})
+
+
+def test_the_estimate_of_memory_shares_out_what_the_stage_does() -> None:
+    size = model_shape(make_config()).parameters
+    parts = {}
+    for zero in (1, 2, 3):
+        config = make_config(ranks=4, backend={"type": "deepspeed", "zero": zero})
+        parts[zero] = next(role.parts for role in memory(config, model_shape(config)) if role.name == "learner")
+        assert parts[zero]["optimizer"] == pytest.approx(12 * size / 4, abs=1)
+    assert [parts[zero]["gradients"] for zero in (1, 2, 3)] == pytest.approx([4 * size, size, size], abs=1)
+    assert [parts[zero]["weights"] for zero in (1, 2, 3)] == pytest.approx([4 * size, 4 * size, size], abs=1)

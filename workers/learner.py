@@ -59,7 +59,8 @@ def run(config: Config, join: str) -> int:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world > 1:
-        timeout = timedelta(seconds=config.learner.peer_timeout_s)
+        # The first rank may wait for a generator that hangs, and for the buffer, while the others wait for it.
+        timeout = timedelta(seconds=3 * config.learner.peer_timeout_s + COMMIT_TIMEOUT_S)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
     hello = m.Hello(role="learner", name=f"learner-{rank}", host=socket.gethostname(), pid=os.getpid())
     client = Client(join, hello, timeout_s=60.0, keys=worker_keys(config, "learner"))

@@ -31,7 +31,7 @@ DEADLINES = [
     Wait("BufferConfig.lease_s", 60, "the buffer, for a sign of life of samples that a generator holds", "issued anew"),
     Wait("BufferConfig.heartbeat_s", 2, "both ends of a link, between signs of life", "silent for 5, at least 10 s: it left"),
     Wait("RewardConfig.timeout_s", 10, "a reward worker, for the score of a response", "killed; verdict `timeout`"),
-    Wait("LearnerConfig.peer_timeout_s", 60, "ranks and generators, for each other in a collective", "dropped, or an error"),
+    Wait("LearnerConfig.peer_timeout_s", 60, "learner and generators, for each other in a broadcast", "dropped"),
     Wait("VllmEngine.start_s", 600, "a generator, for vLLM to start", "exit code 1"),
     Wait("VllmEngine.deadline_s", 120, "a generator, for an answer of vLLM", "exit code 1"),
     Wait("SglangEngine.start_s", 600, "a generator, for its SGLang server to start", "exit code 1"),
@@ -114,7 +114,7 @@ PAUSES = [
 
 NO_LIMIT = [
     NoLimit("engine/optimizer.py", "dist.all_reduce(bucket, group=group)",
-            "the process group's timeout, learner.peer_timeout_s"),
+            "the process group's timeout, 3 x learner.peer_timeout_s + 60 s; in a replay learner.peer_timeout_s"),
     NoLimit("engine/trained_model.py", "dist.all_reduce(tensor, operation, group=self.group)",
             "the same"),
     NoLimit("engine/rank_versions.py", "dist.all_gather(everywhere, said.to(device), group=ranks.group)",
