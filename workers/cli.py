@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from engine.config import Config, ConfigError, load_config
-from workers import cli_critic, cli_log, cli_utel
+from workers import cli_critic, cli_log, cli_plan, cli_utel
 from workers.last_words import KEY, out_of_space, say_last_words
 from workers.tether import die_with_parent
 
@@ -217,7 +217,7 @@ def report(run: Run) -> None:
     report(_run_dir(run), Console())
 
 
-for command in (*cli_log.COMMANDS, *cli_critic.COMMANDS, *cli_utel.COMMANDS):
+for command in (*cli_log.COMMANDS, *cli_critic.COMMANDS, *cli_plan.COMMANDS, *cli_utel.COMMANDS):
     app.command()(command)
 
 

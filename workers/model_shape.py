@@ -65,7 +65,7 @@ def model_shape(config: Config) -> ModelShape:
         )
     if isinstance(model, UtelModel):
         raise ConfigError("model: a UTel is no decoder")
-    return _read(Path(model.path))
+    return read_shape(Path(model.path))
 
 
 def starting_model(config: Config) -> PathModel | NewModel | UtelModel:
@@ -80,7 +80,8 @@ def starting_model(config: Config) -> PathModel | NewModel | UtelModel:
     return config.model
 
 
-def _read(folder: Path) -> ModelShape:
+def read_shape(folder: Path) -> ModelShape:
+    """Of a Hugging Face folder's config.json. Raises `ConfigError`."""
     file = folder / "config.json"
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

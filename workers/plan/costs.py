@@ -153,6 +153,11 @@ class Recorded(Struct, frozen=True):
         return sum(lengths) / len(lengths)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return max(max(group.lengths) for group in self.groups)
+
+    @property
     def keep(self) -> float:
         """The share of groups that dynamic sampling keeps."""
         return sum(any(g.correct) and not all(g.correct) for g in self.groups) / len(self.groups)

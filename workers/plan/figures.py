@@ -52,7 +52,7 @@ class Figures(Struct, frozen=True):
     lag_max: float
     """The smallest lag that 99 % of the trained tokens of all steps do not exceed, and the greatest."""
     in_system: float
-    """Groups in the system at a step's commit, its own included; the mean over steps."""
+    """Groups in the system after a step's commit, the mean over steps."""
 
 
 class Forecast(Struct, frozen=True):
@@ -85,7 +85,7 @@ def forecast(run: Simulated, *, first: int, last: int, sync_seconds: float) -> F
             step_seconds=seconds / count,
             tokens_per_second=tokens / seconds,
             learner_idle=waits / seconds,
-            generator_idle=1.0 - (end.busy_seconds - begin.busy_seconds) / (seconds * run.generators),
+            generator_idle=max(0.0, 1.0 - (end.busy_seconds - begin.busy_seconds) / (seconds * run.generators)),
             in_system=sum(step.in_system for step in steps) / count,
             **lag_figures([step.lags for step in steps]),
         ),

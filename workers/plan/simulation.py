@@ -270,8 +270,8 @@ class Simulation:
             del self._groups[group], self._sequences[group]
 
         def commit() -> None:
-            in_system = self.ledger.in_system
             self.ledger.commit(len(self._steps) + 1)
+            in_system = self.ledger.in_system
             self._steps.append(Step(started, finished, self._now, waited, groups, tokens, lags, in_system, totals))
             self._publish(len(self._steps))
 
