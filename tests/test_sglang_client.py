@@ -18,7 +18,9 @@ from vllm_cases import finish, forcing, fresh_logprobs, ticket, torch_generator,
 
 from engine.config import SglangEngine
 from engine.generate_engine import EngineGenerator
+from engine.generate_sglang_http import Api
 from engine.generate_sglang_server import free_port
+from engine.generate_sglang_weights import WeightGroup
 from engine.generate_torch import WeightsRefused
 from protocols.messages import HandBack, Sampling, Ticket
 
@@ -169,9 +171,24 @@ def test_a_server_given_by_its_address_outlives_its_generators(model: Path) -> N
                 np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-4)
             generator.close()
             assert server.poll() is None
+        check_buckets(Api(config.address or "", deadline_s=20.0), weights(model, 3))
     finally:
         server.kill()
         server.wait(20)
+
+
+def check_buckets(api: Api, new: cases.Weights) -> None:
+    """Weights that do not fit into one request are sent with several, and count as new with the last of them."""
+    group = WeightGroup(api, ranks=1, timeout_s=20.0, bucket_bytes=1000)
+    api.post("/begin_weight_update", {})
+    group.send(new, "3")
+    api.post("/end_weight_update", {})
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        if name in new:
+            read = api.post("/get_weights_by_name", {"name": name, "truncate_size": 2})["value"]
+            np.testing.assert_array_equal(np.array(read), new[name][:2].numpy())
+    group.close()
+    api.close()
 
 
 def test_a_leash_ends_a_command_and_its_children_with_the_process_that_holds_it() -> None:
