@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from protocols.ledger import Pace
 from workers.plan.costs import Costs, GeneratorCost, Group, LearnerCost, Lognormal, Recorded, RewardCost, Work
 from workers.plan.figures import Forecast, forecast, steady
-from workers.plan.simulation import Evaluations, Setting, Simulated, Simulation
+from workers.plan.notes import Evaluations, Setting, Simulated
+from workers.plan.simulation import Simulation
 
 STEPS = 24
 

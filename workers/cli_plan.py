@@ -27,7 +27,9 @@ def plan(
         Pairs, typer.Option(metavar="KEY=VALUE", help="Of responses: median, sigma, longest, keep, prompt.")
     ] = None,
     set: Annotated[Pairs, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the config.")] = None,
-    steps: Annotated[int, typer.Option(min=5, help="Steps to simulate.")] = 14,
+    steps: Annotated[
+        int | None, typer.Option(min=5, help="Steps to simulate; as many as it takes if left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     check: Annotated[str | None, typer.Option(metavar="RUN", help="Predict this recorded run and compare.")] = None,
     part: Annotated[

@@ -20,7 +20,8 @@ from workers.inspect import open_run
 from workers.plan import recorded
 from workers.plan.costs import Costs
 from workers.plan.figures import Figures, forecast
-from workers.plan.simulation import Evaluations, Setting, Simulation
+from workers.plan.notes import Evaluations, Setting
+from workers.plan.simulation import Simulation
 from workers.run_state import pace_of
 
 JUDGED = ("step_seconds", "tokens_per_second", "learner_idle", "lag_mean")

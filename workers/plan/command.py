@@ -34,7 +34,7 @@ class Request(Struct, frozen=True):
     costs: list[str]
     lengths: list[str]
     learner: int | None
-    steps: int
+    steps: int | None
     seed: int
     json_path: Path | None
 
@@ -70,7 +70,7 @@ def _splits(request: Request, config: Config) -> list[Option]:
     pool, setting = machines(request.gpus or ""), planned(config, request.steps)
     work = _work(request, config)
     if request.run is not None and pool.kind is None:
-        measured = _measured(request, config)
+        measured = _measured(request)
         ranks = _ranks(request.run)
 
         def from_run(learner: int) -> Costs:
@@ -95,7 +95,7 @@ def _splits(request: Request, config: Config) -> list[Option]:
 
 def _as_recorded(request: Request, config: Config) -> Option:
     """The config's own counts, with a run's costs."""
-    costs, setting, work = _measured(request, config), planned(config, request.steps), _work(request, config)
+    costs, setting, work = _measured(request), planned(config, request.steps), _work(request, config)
     count = config.generator.count if config.generator else 1
     costs = msgspec.structs.replace(costs, generators=_fleet(costs, count))
     return Option(0, count, 0, 0.0, 0.0, simulate(costs, setting, work, seed=request.seed))
@@ -109,7 +109,7 @@ def _fleet(measured: Costs, count: int) -> list[Any]:
 # --- where things come from ----------------------------------------------------------------------------------------------
 
 
-def _measured(request: Request, config: Config) -> Costs:
+def _measured(request: Request) -> Costs:
     with open_run(request.run or "") as log:
         done = log.last_step()
         return recorded.costs(log, recorded.config_of(log), recorded.stretch(log, FIRST_STEPS, done - 1))

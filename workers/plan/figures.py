@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from workers.plan.simulation import Simulated
+from workers.plan.notes import Simulated
 
 TOKEN_BYTES_IN, TOKEN_BYTES_REWARD, TOKEN_BYTES_OUT = 12, 4, 12
 """What the buffer carries of a response's token: to the log (token, log-probability, about four bytes of text), the text to a

@@ -7,7 +7,7 @@
     weights        2 P bytes over one network card at the share of its rate that broadcasts reach
 
 P are the parameters. Peaks and bandwidths are those of the vendors' data sheets (dense bfloat16). For a 7B model on an H100
-with 64 live sequences of 2,000 tokens a pass takes 12 ms, so 5,400 tokens/s; 6,300 are reported for vLLM.
+with 64 live sequences of 2,000 tokens a pass takes 12 ms, so 5,200 tokens/s; 6,300 are reported for vLLM.
 """
 
 from __future__ import annotations

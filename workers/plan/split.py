@@ -15,12 +15,15 @@ from engine.config import Config, ConfigError
 from workers.plan.check import setting_of
 from workers.plan.costs import Costs, Work
 from workers.plan.figures import Forecast, forecast, steady
-from workers.plan.simulation import Setting, Simulation
+from workers.plan.notes import Setting
+from workers.plan.simulation import Simulation
 
 AROUND = (0.35, 0.55, 0.75, 0.9, 1.0, 1.15, 1.4)
 """Splits that are simulated: the learner's GPUs as parts of what the bound says, for tails and waits shift the balance."""
 TURNS_A_STEP = 300
 """Events of a simulated step that come within its 300th part are one turn, so that large plans take seconds."""
+STEADY_STEPS = 6
+"""Simulated beside those that the run's start and end touch, where nobody says how many."""
 ALIKE = 0.01
 """Of step times that differ by less, the split with fewer GPUs for the learner wins."""
 
@@ -95,8 +98,9 @@ def reason(best: Option, others: list[Option]) -> str:
     return text
 
 
-def planned(config: Config, steps: int) -> Setting:
-    """The setting of a config, of `steps` steps and without evaluations. Raises ValueError for too few."""
+def planned(config: Config, steps: int | None) -> Setting:
+    """The setting of a config, of `steps` steps in all and without evaluations. Raises ValueError for too few."""
     setting = setting_of(config)
+    steps = STEADY_STEPS + 2 * setting.pace.max_lag + 4 if steps is None else steps
     steady(steps, setting.pace.max_lag)
     return Setting(msgspec.structs.replace(setting.pace, steps=steps), setting.samples)
