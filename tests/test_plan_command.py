@@ -70,11 +70,12 @@ def test_a_recorded_run_is_predicted_from_its_parts(run: Path, tmp_path: Path) -
     assert headrace("--check", str(run), "--limit", "1000").returncode == 0
 
 
-def test_a_plan_takes_costs_and_lengths_from_a_run(run: Path) -> None:
-    config = str(run.parent / "overlap.toml")
-    done = headrace(config, "--from", str(run), "--gpus", "4")
+def test_a_plan_takes_costs_and_lengths_from_a_run(run: Path, tmp_path: Path) -> None:
+    config, out = str(run.parent / "overlap.toml"), tmp_path / "plan.json"
+    done = headrace(config, "--from", str(run), "--gpus", "4", "--json", str(out))
     assert done.returncode == 0, done.stderr
     assert "costs: measured in" in done.stdout
+    assert {option["learner"] for option in json.loads(out.read_text())} == {1, 2, 3}
     assert headrace(config, "--from", str(run)).returncode == 0
 
 

@@ -73,16 +73,21 @@ def options(
     if not learners:
         raise ConfigError("--gpus: too few for a learner and one generator of this model")
     bounds = {learner: bound(costs_of(learner), setting, work) for learner in learners}
-    balanced = min(learners, key=lambda learner: (max(bounds[learner]), learner))
     found = []
-    wanted = [part * balanced for part in AROUND]
-    for learner in sorted({min((abs(n - near), n) for n in learners)[1] for near in wanted}):
+    for learner in _around(min(learners, key=lambda learner: (max(bounds[learner]), learner)), learners):
         costs = costs_of(learner)
         made = simulate(costs, setting, work, seed=seed)
         found.append(Option(learner, len(costs.generators), costs.generators[0].gpus, *bounds[learner], made))
     least = min(option.step_seconds for option in found)
     best = min((o for o in found if o.step_seconds <= least * (1 + ALIKE)), key=lambda o: o.learner)
     return [best, *sorted((o for o in found if o is not best), key=lambda o: o.step_seconds)]
+
+
+def _around(balanced: int, learners: list[int]) -> list[int]:
+    """Those to simulate: all of a few, else the nearest to parts of the balanced one."""
+    if len(learners) <= len(AROUND):
+        return learners
+    return sorted({min((abs(n - part * balanced), n) for n in learners)[1] for part in AROUND})
 
 
 def reason(best: Option, others: list[Option]) -> str:
