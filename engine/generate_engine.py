@@ -125,7 +125,8 @@ class EngineGenerator:
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Serve `weights` (names of `engine.models.named_weights`) from now on; staged here unless `stage` was called
-        with them. Raises as `stage` does, and `EngineLost` when vLLM then computes something else.
+        with them. Raises as `stage` does, and `EngineLost` when the engine then computes something
+        else.
 
         Sequences in flight go on: with their keys and values as they are (`on_new_weights = "keep"`) or computed anew
         under the new weights ("recompute"). Responses without a token start anew in both, and no request that starts
