@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from engine.config import Config, ConfigError, load_config
-from workers import cli_critic, cli_log, cli_plan, cli_utel
+from workers import cli_cluster, cli_critic, cli_log, cli_plan, cli_utel
 from workers.last_words import KEY, out_of_space, say_last_words
 from workers.tether import die_with_parent
 
@@ -49,7 +49,7 @@ def launch(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False,
     view: Annotated[bool, typer.Option("--view/--no-view", help="A live view, where there is a terminal.")] = True,
     on: Annotated[
-        str, typer.Option(metavar="PLACE", help="here, slurm, or allocation: the Slurm job this is in.")
+        str, typer.Option(metavar="PLACE", help="here, slurm, ray, or allocation: the Slurm job this is in.")
     ] = "here",
 ) -> None:
     """Start every role of a run as a process of its own, watch over them, and print the closing table."""
@@ -217,7 +217,7 @@ def report(run: Run) -> None:
     report(_run_dir(run), Console())
 
 
-for command in (*cli_log.COMMANDS, *cli_critic.COMMANDS, *cli_plan.COMMANDS, *cli_utel.COMMANDS):
+for command in (*cli_log.COMMANDS, *cli_critic.COMMANDS, *cli_plan.COMMANDS, *cli_utel.COMMANDS, *cli_cluster.COMMANDS):
     app.command()(command)
 
 

@@ -78,6 +78,8 @@ def _device(role: str, device: str, each: Resources) -> Iterator[str]:
 
 def _of_place(config: Config, on: str) -> Iterator[str]:
     slurm = config.placement.slurm
+    if on == "kubernetes" and config.placement.kubernetes.image is None:
+        yield "placement.kubernetes.image: got none, expected an image with this package installed"
     if on == "slurm":
         extra = [("extra", slurm.extra), *((f"role_extra.{role}", more) for role, more in slurm.role_extra.items())]
         for key, options in extra:

@@ -94,7 +94,7 @@ class Supervisor:
         for name, child in ended:
             del self._children[name]
             _signal_session(child.process.pid, signal.SIGKILL)  # what it may have left behind
-            lived_s, tail = time.monotonic() - child.started, _tail(child.log, child.offset)
+            lived_s, tail = time.monotonic() - child.started, tail_of(child.log, child.offset)
             found.append(Exit(name, child.process.returncode, lived_s, tail, child.words.read()))
             child.words.close()
         return found
@@ -145,7 +145,7 @@ def _signal_session(leader: int, number: signal.Signals) -> None:
         return
 
 
-def _tail(log: Path, offset: int, lines: int = 12) -> str:
+def tail_of(log: Path, offset: int, lines: int = 12) -> str:
     """The last lines that a child wrote, from where its log stood when it started, and before them the newest that
     names an error, for torchrun puts a table of its own below those of its ranks."""
     with log.open("rb") as file:

@@ -78,6 +78,9 @@ DEADLINES = [
     Wait("workers.slurm_script.WARNING_S", 120, "a Slurm job, from SIGTERM to the end of its time", "ended by Slurm"),
     Wait("workers.slurm.SILENT_S", 600, "`launch --on slurm`, for Slurm to say how the job stands", "an error; the job goes on"),
     Wait("workers.slurm.CANCEL_S", 90, "the same, for a job that was told to end in order", "cancelled"),
+    Wait("workers.ray_cluster.PLACE_S", 120, "a launch on Ray, for room and an actor for a process", "counts as an attempt"),
+    Wait("workers.ray_cluster.LOOK_S", 60, "the same, for a node to look for the run's folder", "an error"),
+    Wait("workers.ray_cluster.ANSWER_S", 30, "the same, for an actor's answer", "started anew"),
     Wait("workers.view.ASK_TIMEOUT_S", 2, "`headrace status`, for the buffer", "says what the log has"),
     Wait("workers.view.QUIET_S", 30, "the view, for anything to move", "says since when nothing has"),
 ]  # fmt: skip
@@ -103,6 +106,7 @@ PAUSES = [
     Wait("workers.scorer.DEATH_CHECK_S", 0.05, "between looks whether a silent scorer lives", "looks"),
     Wait("workers.scorer_pool.BACKOFF_LIMIT_S", 10, "between attempts to start a scorer, at most", "starts it"),
     Wait("workers.scale.LOOK_S", 0.25, "`headrace scale`, between looks at the workers", "looks"),
+    Wait("workers.ray_cluster.QUIET_S", 0.2, "an actor, for output of its process", "answers without"),
     Wait("workers.slurm.LOOK_S", 2, "`launch --on slurm`, between two questions to Slurm", "asks"),
     Wait("workers.slurm.READ_S", 0.2, "the same, between two looks at the job's output", "shows it"),
     Wait("workers.view.REFRESH_S", 0.5, "the view, between two pictures", "draws"),
