@@ -70,10 +70,12 @@ class UtelTagObjective(Section, frozen=True, tag="utel-tag"):
     """Entity tagging: cross-entropy over the words' tags, of these `fields`, in rows of at most `length` sub-tokens.
 
     With `vary` a page is not seen twice as it is: its digits are exchanged for one another (equal amounts stay equal), and
-    the page is moved and scaled by up to the share `vary` of its size.
+    the page is moved and scaled by up to the share `vary` of its size. The share `hide` of its words is covered with [MASK]
+    each time: what a word is must also follow from its place and from the words around it.
     """
 
     fields: list[str] = field(default_factory=lambda: list(RECEIPT_FIELDS))
     scheme: Literal["BIO", "BIES"] = "BIES"
     length: int = 512
     vary: float = 0.1
+    hide: float = 0.0

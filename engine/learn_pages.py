@@ -30,7 +30,7 @@ from engine.totals import Totals
 from engine.trained_model import Ranks
 from engine.trained_torch import TorchModel
 from engine.utel.decoding import best_fields
-from engine.utel.encode import EncodedPage, encode_page
+from engine.utel.encode import EncodedPage, cover, encode_page
 from engine.utel.folder import fill, load_utel, read_weights
 from engine.utel.pretraining.checks import leak_checks
 from engine.utel.pretraining.heads import UtelPretraining
@@ -137,7 +137,7 @@ class PageLearner:
 
     def _prepare(self, batch: Batch, step: int) -> Any:
         prompts = np.split(batch.prompts, np.cumsum(batch.prompt_lengths)[:-1]) if len(batch.prompt_lengths) else []
-        pages = [self._encode(self._seen(page_of(prompt), step)) for prompt in prompts]
+        pages = [self._seen(page_of(prompt), step) for prompt in prompts]
         if isinstance(self.objective, Pretraining):
             return self.objective.prepare(pages, step=step, seed=self.config.seed)
         responses = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]) if len(batch.lengths) else []
@@ -161,11 +161,15 @@ class PageLearner:
         key = f"{self.config.seed} {step} {update} {self.ranks.rank}"
         torch.manual_seed(xxhash.xxh3_64_intdigest(key.encode()) >> 1)
 
-    def _seen(self, page: ReadPage, step: int) -> ReadPage:
-        objective = self.config.objective
-        if not isinstance(objective, UtelTagObjective) or not objective.vary:
-            return page
-        return varied(page, objective.vary, f"{self.config.seed} {step} {page.id}")
+    def _seen(self, page: ReadPage, step: int) -> EncodedPage:
+        objective, key = self.config.objective, f"{self.config.seed} {step} {page.id}"
+        if not isinstance(objective, UtelTagObjective):
+            return self._encode(page)
+        encoded = self._encode(varied(page, objective.vary, key) if objective.vary else page)
+        if not objective.hide:
+            return encoded
+        drawn = np.random.default_rng(xxhash.xxh3_64_intdigest(key.encode())).random(len(encoded))
+        return cover(encoded, drawn < objective.hide, self.pieces.mask)
 
     def _encode(self, page: ReadPage) -> EncodedPage:
         return encode_page(self.pieces, page.words, page.boxes, id=page.id)

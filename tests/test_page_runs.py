@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from engine.documents.page import Page, write_pages
 from engine.documents.page_rows import PageText, ReadPage, page_of, page_row, tags_in, varied
 from engine.fields import TaskError
 from engine.tasks import Source, page_tasks
+from engine.utel.encode import EncodedPage, cover
 from engine.utel.folder import load_utel
 from engine.utel.tagging import load_tagger
 from protocols.log import Log
@@ -159,6 +161,14 @@ def test_a_varied_page_keeps_what_is_equal_and_moves_as_a_whole() -> None:
     assert seen.boxes[1][0] - seen.boxes[0][0] == pytest.approx(200, abs=22)
     assert all(0 <= low <= high <= 1000 for low, _, high, _ in seen.boxes)
     assert varied(page, 0.0, "a key").boxes == page.boxes
+
+
+def test_covered_words_keep_their_places() -> None:
+    page = EncodedPage("p", np.array([11, 12, 13, 14]), np.array([0, 2, 3, 4]), np.zeros((3, 4), dtype=np.int64))
+    seen = cover(page, np.array([True, False, True]), 4)
+    assert seen.tokens.tolist() == [4, 4, 13, 4]
+    assert page.tokens.tolist() == [11, 12, 13, 14]
+    assert seen.starts.tolist() == page.starts.tolist()
 
 
 def test_companies_that_are_held_out_are_never_trained_on(pages: Path, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def _settings(config: Config, model: UtelModel) -> Iterator[str]:
         yield f"eval.prompts = {config.eval.prompts}, but no task holds pages out (held_out)"
     if isinstance(config.objective, UtelTagObjective) and not config.objective.fields:
         yield "objective.fields: got none, expected the entity types to tag"
-    if isinstance(config.objective, UtelTagObjective) and not 0 <= config.objective.vary < 1:
-        yield f"objective.vary: got {config.objective.vary}, expected 0 or more and less than 1"
+    if isinstance(config.objective, UtelTagObjective):
+        for name, share in (("vary", config.objective.vary), ("hide", config.objective.hide)):
+            if not 0 <= share < 1:
+                yield f"objective.{name}: got {share}, expected 0 or more and less than 1"
     if isinstance(config.objective, UtelTagObjective) and config.objective.length < 3:
         yield f"objective.length: got {config.objective.length}, expected at least 3"

@@ -38,6 +38,12 @@ class EncodedPage:
         return self.tokens[self.starts[:-1]]
 
 
+def cover(page: EncodedPage, words: np.ndarray, mask: int) -> EncodedPage:
+    """The page with all sub-tokens of `words` (bool [W]) replaced by `mask`."""
+    covered = np.repeat(words, np.diff(page.starts))
+    return EncodedPage(page.id, np.where(covered, mask, page.tokens), page.starts, page.boxes)
+
+
 @dataclass(frozen=True)
 class Window:
     """Words first..stop - 1 of a page. `limit` is how many sub-tokens a window holds; only a word that is longer by itself is
