@@ -79,7 +79,7 @@ def test_a_value_is_cut_out_of_its_words_and_nothing_likely_is_nothing_found() -
     rows = [{"S-date": 0.9}, {"B-total": 0.6, "O": 0.3}, {"E-total": 0.8}]
     found = best_fields(page_of(words), figures(BIES, rows), BIES, ["date", "total"])
     assert {name: field.value for name, field in found.items()} == {"date": "01/02/2018", "total": "7.50"}
-    nothing = figures(BIES, [{"O": 0.99} for _ in words])
+    nothing = figures(BIES, [{"O": 0.9999} for _ in words])
     assert best_fields(page_of(words), nothing, BIES, ["date", "total"]) == {}
     assert best_fields(page_of([]), nothing[:0], BIES, ["date", "total"]) == {}
 

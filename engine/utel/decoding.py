@@ -17,7 +17,7 @@ LONGEST = 64
 """Words of a field's span at most; the longest address of SROIE's receipts has 21."""
 READINGS = 200
 """Spans of a field that are weighed against each other, the likeliest ones."""
-LEAST: dict[Kind, float] = {"text": 0.05, "amount": 0.01, "date": 0.002}
+LEAST: dict[Kind, float] = {"text": 0.02, "amount": 0.001, "date": 0.0002}
 """A field whose span is less confident than this is not found. Few texts of a page read as a date or an amount, so less says
 enough for these."""
 EDGES = {"company": (5.5, 1.1), "address": (6.1, 5.0), "total": (1.5, 4.8)}
