@@ -15,6 +15,7 @@ from engine.config import Config, ConfigError, load_config
 from protocols.log import Log
 from workers.contradictions_placement import refuse_placement
 from workers.roles import Rendezvous, torchrun
+from workers.site import TOKEN, in_same_folder, write_token
 from workers.slurm_script import job_script, parts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +93,24 @@ def test_what_cannot_be_placed_is_refused_with_both_sides(overrides: list[str], 
     with pytest.raises(ConfigError) as refused:
         refuse_placement(config_of("cold_start=", *overrides), "slurm")
     assert all(side in str(refused.value) for side in sides), refused.value
+
+
+def test_a_machine_with_another_folder_says_so_and_runs_nothing(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+        write_token(folder)
+    command = in_same_folder(run, ["echo", "started"])
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "started\n"
+    write_token(run)  # as if the folder at that path were another one there
+    for removed, why in ((False, "another run's folder"), (True, "No such file")):
+        if removed:
+            (run / TOKEN).unlink()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={"SLURMD_NODENAME": "n7"})
+        assert done.returncode == 3
+        assert "headrace: n7 does not see the folder of the run that" in done.stdout
+        assert str(run) in done.stdout
+        assert why in done.stdout
 
 
 # --- a cluster ---------------------------------------------------------------------------------------------------------
