@@ -58,7 +58,7 @@ def test_the_script_of_a_large_run() -> None:
         "#SBATCH --nodes=8", "#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=32", "#SBATCH --gpus-per-node=8",
         "#SBATCH --mem=823296M", "#SBATCH --qos=high", "#SBATCH --switches=1",
         "cd '/w d' || exit 1", "resume=--resume",
-        'if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then resume=--resume; fi',
+        "if [ -e 'r r/large/rollouts.db' ]; then resume=--resume; fi",
         "exec py -m workers.cli launch '/f s/c.toml' --on allocation --no-view --set a=1 $resume",
     ]  # fmt: skip
     assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=30).returncode == 0

@@ -1,6 +1,8 @@
 """`headrace launch CONFIG --on slurm`: writes the job's script, submits it, shows what the job prints, and ends as it does.
 
-Ctrl-C ends the run in order and the job with it; a lost terminal (SIGHUP) leaves the job alone.
+Ctrl-C ends the run in order and the job with it; a lost terminal (SIGHUP) leaves the job alone. Slurm starts a job of one
+node anew when that is lost. One with more nodes in its first part it leaves running even when the lost one had the job's
+script, so whoever follows the job looks for that, and submits another one that continues the run.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ CANCEL_S = 90.0
 """How long a job that was told to end may take before it is cancelled for good."""
 JOB = "slurm.job"
 """In the run's folder: the id of the job that was submitted last."""
+SUBMITS = 4
+"""So many jobs in a row may lose their launcher's node."""
 OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
@@ -44,6 +48,7 @@ class State(Struct, frozen=True):
     reason: str
     code: int
     nodes: str
+    host: str
 
     @property
     def over(self) -> bool:
@@ -66,11 +71,17 @@ def launch_on_slurm(path: str, overrides: list[str], *, resume: bool) -> int:
         config, file=file, overrides=overrides, resume=resume, directory=Path.cwd(), python=sys.executable
     )
     script.write_text(text, encoding="utf-8")
-    job = slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
-    (config.run_dir / JOB).write_text(f"{job}\n", encoding="utf-8")
-    log = logs / f"slurm-{job}.log"
-    print(f"headrace: submitted {script} as Slurm job {job}; its output: {log}", flush=True)
-    return Follower(job, log, command_again(path, overrides, ("--on", "slurm"))).follow()
+    again = command_again(path, overrides, ("--on", "slurm"))
+    for _ in range(SUBMITS):
+        job = slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+        (config.run_dir / JOB).write_text(f"{job}\n", encoding="utf-8")
+        log = logs / f"slurm-{job}.log"
+        print(f"headrace: submitted {script} as Slurm job {job}; its output: {log}", flush=True)
+        try:
+            return Follower(job, log, again).follow()
+        except HostLost as lost:
+            print(f"headrace: {lost}; the run is continued in another job", flush=True)
+    raise LaunchError(f"{SUBMITS} Slurm jobs in a row lost their launcher's node; continue with: {again}")
 
 
 def _refuse_running(config: Config) -> None:
@@ -92,11 +103,14 @@ def job_state(job: str) -> State | None:
         if "Invalid job id" in str(error):
             return None
         raise
-    found = dict(re.findall(r"\b(JobState|Reason|ExitCode|NodeList)=(\S*)", first))
+    found = dict(re.findall(r"\b(JobState|Reason|ExitCode|NodeList|BatchHost)=(\S*)", first))
     code, _, number = found["ExitCode"].partition(":")
-    return State(
-        found["JobState"], found["Reason"], int(code) or 128 * (number != "0") + int(number), found["NodeList"]
-    )
+    status = int(code) or 128 * (number != "0") + int(number)
+    return State(found["JobState"], found["Reason"], status, found["NodeList"], found.get("BatchHost", ""))
+
+
+class HostLost(Exception):
+    """The job runs on without the node on which its script was."""
 
 
 class Follower:
@@ -107,6 +121,7 @@ class Follower:
         self._shown = 0
         self._signals: list[int] = []
         self._told = ""
+        self._nodes = ""
 
     def follow(self) -> int:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -134,12 +149,22 @@ class Follower:
             if state is None or state.over:
                 return self._end(state)
             self._tell(state)
+            self._look_for_host(state)
             if self._signals and (not cancelled or len(self._signals) > 1 or time.monotonic() - cancelled > CANCEL_S):
                 hard = bool(cancelled) or state.name != "RUNNING"
                 self._cancel(hard=hard)
                 cancelled = time.monotonic()
                 del self._signals[1:]
             self._pause()
+
+    def _look_for_host(self, state: State) -> None:
+        """Raises `HostLost`, once what is left of the job is cancelled."""
+        if state.name != "RUNNING" or state.nodes == self._nodes:
+            return
+        self._nodes = state.nodes
+        if state.host and state.host not in slurm("scontrol", "show", "hostnames", state.nodes).split():
+            slurm("scancel", self._job)
+            raise HostLost(f"Slurm job {self._job} lost {state.host}, the node of its launcher")
 
     def _cancel(self, *, hard: bool) -> None:
         """In order first: the launcher lets its generators hand back what they have, and the buffer close its log."""

@@ -75,7 +75,7 @@ def job_script(
     config: Config, *, file: Path, overrides: Sequence[str], resume: bool, directory: Path, python: str
 ) -> str:
     """The text for `sbatch`. `file` is the config as it stays until the job starts, `directory` the one that the config's
-    paths are relative to. A job that Slurm starts anew continues the run."""
+    paths are relative to. A job that is started anew, or after one that was lost, continues the run."""
     log = config.run_dir.absolute() / "logs" / "slurm-%j.log"
     slurm = config.placement.slurm
     whole = [
@@ -95,7 +95,8 @@ def job_script(
     lines += [
         f"cd {shlex.quote(str(directory))} || exit 1",
         f"resume={'--resume' if resume else ''}",
-        'if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then resume=--resume; fi',
+        # This job's own run: whether one may be there was looked at before the first submission.
+        f"if [ -e {shlex.quote(str(config.run_dir / 'rollouts.db'))} ]; then resume=--resume; fi",
         f"exec {shlex.join(launch)} $resume",
     ]
     return "\n".join(lines) + "\n"
