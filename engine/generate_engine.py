@@ -167,12 +167,16 @@ class EngineGenerator:
         self._engine.add_canary(name, self._canary.prompt, draws=Draws(0, 0, TEMPERATURE, 1.0, 0), share=name)
         kept_back: list[Progress] = []
         largest: float | None = None
+        heard = began
         while largest is None:
-            if time.perf_counter() - began > self.config.deadline_s:
+            news = self._engine.step()
+            now = time.perf_counter()
+            heard = now if news else heard  # the canary may have to wait for room that others have
+            if now - heard > self.config.deadline_s:
                 raise EngineLost(
                     f"waited {self.config.deadline_s:.0f} s for {self._engine.name} to answer the canary of version {version}"
                 )
-            for progress in self._engine.step():
+            for progress in news:
                 if progress.request != name:
                     kept_back.append(progress)
                 elif progress.prompt_logprobs is not None:

@@ -54,6 +54,8 @@ class Engine:
         self._open: dict[str, tuple[Stream, Future[None]]] = {}
         self._beat: Future[dict[str, Any]] | None = None
         self._beat_at = 0.0
+        self._heard_at = 0.0
+        """When anything came of any request."""
 
     def attach(self, stage: Stage, folder: Path) -> None:
         """Take weights from `stage` from now on, and load what is there once: zeros, which are then read back.
@@ -112,13 +114,17 @@ class Engine:
             self._update(str(version), "retract" if recompute and self._session else "in_place")
         except Refused as error:
             raise self._fail(f"cannot load the weights of version {version}: {error}") from error
+        self._heard_at = time.monotonic()
 
     def check(self) -> None:
-        """Raises `EngineLost` when the server has ended or, while nothing is asked of it, does not answer."""
+        """Raises `EngineLost` when the server has ended, does not answer, or is silent about all requests for too long."""
         if self.lost is not None:
             raise EngineLost(f"SGLang is lost: {self.lost}")
         if self._server is not None and (end := self._server.end) is not None:
             raise self._fail(end)
+        silent_s = time.monotonic() - self._heard_at
+        if self._open and self._events.empty() and silent_s > self._config.deadline_s:
+            raise self._fail(f"no answer within {self._config.deadline_s:.0f} s to any of {len(self._open)} requests")
         if self._beat is not None and self._beat.done():
             beat, self._beat = self._beat, None
             with self._guarded("answer"):
@@ -209,6 +215,8 @@ class Engine:
         if self.lost is not None:
             raise EngineLost(f"SGLang is lost: {self.lost}")
         request = stream.request
+        if not self._open:
+            self._heard_at = time.monotonic()
         future = self._api.stream("/generate", body, partial(self._receive, request))
         self._open[request] = stream, future
 
@@ -221,6 +229,7 @@ class Engine:
             request, event = self._events.get(timeout=timeout_s)
             while True:
                 if request in self._open:
+                    self._heard_at = time.monotonic()
                     try:
                         collected += self._progress(request, event)
                     except EngineLost as error:

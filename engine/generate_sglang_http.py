@@ -57,7 +57,8 @@ class Api:
         self, path: str, body: Mapping[str, object], receive: Callable[[bytes | EngineLost | None], object]
     ) -> Future[None]:
         """Post, and call `receive` on the loop's thread with each event's data; last with None, or with what went wrong.
-        Cancelling the future closes the connection, and nothing more is received."""
+        Cancelling the future closes the connection, and nothing more is received. How long a request may be silent is the
+        caller's to say, who knows of all others: it may wait for room in the server."""
         return asyncio.run_coroutine_threadsafe(self._stream(path, body, receive), self._loop)
 
     def close(self) -> None:
@@ -107,9 +108,9 @@ class Api:
     async def _stream(
         self, path: str, body: Mapping[str, object], receive: Callable[[bytes | EngineLost | None], object]
     ) -> None:
-        what = f"POST {self.base}{path}"
+        what, unlimited = f"POST {self.base}{path}", httpx2.Timeout(None, connect=CONNECT_S)
         try:
-            async with self._client.stream("POST", path, json=body) as response:
+            async with self._client.stream("POST", path, json=body, timeout=unlimited) as response:
                 if response.status_code != 200:
                     said = _said(response.status_code, await response.aread())
                     receive(EngineLost(f"{what}: {said}"))
