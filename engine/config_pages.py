@@ -52,22 +52,28 @@ class UtelModel(Section, frozen=True, tag="utel"):
 class PagesTask(Section, frozen=True, tag="pages"):
     """Pages to read. `path` is what a task of type "documents" may have; without it `synthetic` pages are drawn, a function
     of `seed`. About `held_out` pages are held out: whole companies, templates or PDF files. `boxes` "hidden" puts all of
-    them out of sight, "shuffled" gives each word another word's: controls that show what layout is worth."""
+    them out of sight, "shuffled" gives each word another word's: controls that show what layout is worth. `joined` pages
+    at a time stand on one sheet (held-out ones by themselves; fields are then not compared): text for long rows."""
 
     path: str | None = None
     synthetic: int = 20_000
     seed: int = 0
     boxes: Literal["seen", "hidden", "shuffled"] = "seen"
+    joined: int = 1
     held_out: int = 100
     weight: float = 1.0
 
 
 class UtelObjective(PretrainingConfig, frozen=True, tag="utel"):
-    """UTel's joint pretraining: masked words, surrounding words, contrastive word embeddings."""
+    """UTel's joint pretraining: masked words, surrounding words, contrastive word embeddings. Evaluations read the held-out
+    pages in rows of `length`, and once more for each of `test_lengths`."""
+
+    test_lengths: list[int] = field(default_factory=list)
 
 
 class UtelTagObjective(Section, frozen=True, tag="utel-tag"):
     """Entity tagging: cross-entropy over the words' tags, of these `fields`, in rows of at most `length` sub-tokens.
+    Evaluations read in rows of that length, and once more for each of `test_lengths`.
 
     With `vary` a page is not seen twice as it is: its digits are exchanged for one another (equal amounts stay equal), and
     the page is moved and scaled by up to the share `vary` of its size. The share `hide` of its words is covered with [MASK]
@@ -77,5 +83,6 @@ class UtelTagObjective(Section, frozen=True, tag="utel-tag"):
     fields: list[str] = field(default_factory=lambda: list(RECEIPT_FIELDS))
     scheme: Literal["BIO", "BIES"] = "BIES"
     length: int = 512
+    test_lengths: list[int] = field(default_factory=list)
     vary: float = 0.1
     hide: float = 0.0

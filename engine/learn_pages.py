@@ -95,24 +95,15 @@ class PageLearner:
 
     def evaluate(self) -> dict[str, float]:
         """Figures of `eval.prompts` held-out pages, by names that begin with "held_out_"; nothing when there are none."""
-        rows = self._held_out
-        if not rows:
+        rows, objective = self._held_out, self.config.objective
+        if not rows or not isinstance(objective, UtelObjective | UtelTagObjective):
             return {}
-        found = [page_in(row) for row in rows]
-        encoded, budget = [self._encode(page) for page in found], self.settings.token_budget
-        if isinstance(self.objective, Pretraining) and isinstance(self.model, UtelPretraining):
-            figures = leak_checks(self.objective, self.model, encoded, seed=self.config.seed, token_budget=budget)
-        elif isinstance(self.model, UtelTagger) and isinstance(self.objective, Tagging):
-            length, labels = self.objective.length, self.model.labels
-            logits = predict_logits(
-                self.model, self.pieces, encoded, length=length, overlap=length // 4, token_budget=budget
-            )
-            tags = [likeliest_tags(own, labels) for own in logits]
-            types = sorted({label[2:] for label in labels if label != "O"})
-            pages = [Page(id=page.id, words=page.words, boxes=page.boxes) for page in found]
-            fields = [best_fields(page, own, labels, types) for page, own in zip(pages, logits, strict=True)]
-            values = [{name: field.value for name, field in own.items()} for own in fields]
-            figures = tag_figures(rows, tags, values)
+        pages = [page_in(row) for row in rows]
+        encoded = [self._encode(page) for page in pages]
+        figures: dict[str, float] = {}
+        for length in dict.fromkeys([objective.length, *objective.test_lengths]):
+            found = self._figures(rows, pages, encoded, length)
+            figures |= {length_name(name, length, objective.length): value for name, value in found.items()}
         return {f"held_out_{name}": value for name, value in figures.items()}
 
     def weights(self) -> Gathered:
@@ -132,6 +123,25 @@ class PageLearner:
         """Read once, and only where evaluations are wanted."""
         count = self.config.eval.prompts
         return Source(page_tasks(self.config.tasks), self.config.seed).held_out(count) if count else []
+
+    def _figures(
+        self, rows: Sequence[Row], pages: Sequence[ReadPage], encoded: Sequence[EncodedPage], length: int
+    ) -> dict[str, float]:
+        """Of the held-out pages, read in rows of at most `length` sub-tokens."""
+        budget, model = self.settings.token_budget, self.model
+        if isinstance(self.config.objective, UtelObjective) and isinstance(model, UtelPretraining):
+            asked = Pretraining(msgspec.structs.replace(self.config.objective, length=length), self.pieces)
+            return leak_checks(asked, model, encoded, seed=self.config.seed, token_budget=budget)
+        if not isinstance(model, UtelTagger):
+            return {}
+        logits = predict_logits(model, self.pieces, encoded, length=length, overlap=length // 4, token_budget=budget)
+        tags = [likeliest_tags(own, model.labels) for own in logits]
+        types = sorted({label[2:] for label in model.labels if label != "O"})
+        values = [
+            best_fields(Page(id=page.id, words=page.words, boxes=page.boxes), own, model.labels, types)
+            for page, own in zip(pages, logits, strict=True)
+        ]
+        return tag_figures(rows, tags, [{name: found.value for name, found in own.items()} for own in values])
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -175,11 +185,16 @@ class PageLearner:
         return encode_page(self.pieces, page.words, page.boxes, id=page.id)
 
 
+def length_name(name: str, length: int, trained: int) -> str:
+    """A figure's name: "f1" in rows of the length that was trained on, "at_1024_f1" in others."""
+    return name if length == trained else f"at_{length}_{name}"
+
+
 def tag_figures(
     rows: Sequence[Row], predicted: Sequence[list[str]], values: Sequence[Mapping[str, str]]
 ) -> dict[str, float]:
     """Of held-out pages: entity F1 of the tags (seqeval's default and strict readings, and by type), and F1 of the fields'
-    values, in their normal forms, against the pages' labels."""
+    values, in their normal forms, against the pages' labels, of the pages that have any."""
     from engine.documents.entities import score_tags  # needs the extra `documents`
 
     gold = [tags_in(PageText().encode(row.solution or "")) for row in rows]
@@ -189,7 +204,9 @@ def tag_figures(
     figures |= {f"f1_{name}": score.f1 for name, score in scores.default.types.items()}
     fields: dict[str, FieldScore] = {}
     for row, own in zip(rows, values, strict=True):
-        for name, score in compare(own, msgspec.json.decode(row.answer)).items():
+        labels: dict[str, str] = msgspec.json.decode(row.answer)
+        for name, score in compare(own, labels).items() if labels else ():
             fields[name] = fields.get(name, FieldScore()) + score
-    figures["fields_f1"] = total(fields.values()).f1
+    if fields:
+        figures["fields_f1"] = total(fields.values()).f1
     return figures | {f"fields_f1_{name}": score.f1 for name, score in fields.items()}

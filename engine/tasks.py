@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.config import AnyTask, DocumentsTask, JsonlTask, LogTask, PagesTask, ReasoningGymTask, Task
 from engine.documents.page_rows import PageRows, SyntheticRows
+from engine.documents.readings import Reading
 from engine.documents.task_rows import DocumentRows
 from engine.fields import TaskError
 from engine.rows import JsonlRows, ReasoningGymRows, Row
@@ -129,6 +130,11 @@ class Source:
         for rows in self._rows:
             rows.exclude(keys)
         self._order = Order([len(rows) for rows in self._rows], [task.weight for task in tasks], seed)
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What was met where documents were read."""
+        return [rows.reading for rows in self._rows if isinstance(rows, PageRows | DocumentRows)]
 
     def __getitem__(self, index: int) -> Row:
         """The row at `index` >= 0."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from rich.console import Console
 from safetensors.torch import load_file
 from test_page_runs import make_page
@@ -17,8 +18,8 @@ from engine.documents.page import write_pages
 from engine.documents.synthetic import synthetic_page
 from tools.experiments.runs import Run
 from tools.experiments.utel import main
-from tools.experiments.utel_arms import ALL, CLIPS, SYNTHETIC_FIELDS, TABLES, TASKS, PageArm, PageExperiment
-from tools.experiments.utel_figures import PagesMeasured, pages_table, summarize_pages
+from tools.experiments.utel_arms import ALL, CLIPS, ORDERS, SYNTHETIC_FIELDS, TABLES, TASKS, PageArm, PageExperiment
+from tools.experiments.utel_figures import PagesMeasured, lengths_table, pages_table, summarize_pages
 from workers.check import problems
 
 pytest.importorskip("seqeval", reason="needs the extra `documents`: pip install -e '.[documents]'")
@@ -29,6 +30,8 @@ TINY = ("model.hidden=64", "model.layers=1", "model.heads=2", "model.intermediat
         "tasks.0.held_out=4", "eval.prompts=4", "buffer.groups_per_step=4", "learner.warmup_steps=0",
         'learner.device="cpu"', "objective.length=64")  # fmt: skip
 
+SHEETS = ("objective.test_lengths=[128, 256]", "tasks.0.joined=3", "tasks.0.held_out=20", "eval.prompts=5")
+
 
 @pytest.fixture(autouse=True)
 def at_the_root() -> Iterator[None]:
@@ -38,7 +41,7 @@ def at_the_root() -> Iterator[None]:
 
 
 def arm_of(name: str) -> PageArm:
-    return next(arm for arm in (*TASKS, *CLIPS) if arm.name == name)
+    return next(arm for arm in (*TASKS, *CLIPS, *ORDERS) if arm.name == name)
 
 
 def runs_of(name: str, folder: Path, table: str = "receipts") -> list[Run]:
@@ -80,6 +83,21 @@ def test_all_arms_of_a_seed_have_one_start(tmp_path: Path) -> None:
         assert [problem for run in runs for problem in problems(run.config)] == []
 
 
+def test_arms_of_lengths_differ_in_the_order_s_term(tmp_path: Path) -> None:
+    relative, absolute = ([run.config for run in runs_of(arm.name, tmp_path, "length")] for arm in ORDERS)
+    for one, other in zip(relative, absolute, strict=True):
+        assert isinstance(one.model, UtelModel)
+        assert isinstance(other.model, UtelModel)
+        assert (one.model.sequence, other.model.sequence, other.model.max_positions) == ("relative", "absolute", 1024)
+        assert one.objective == other.objective
+        assert (one.objective.length, one.objective.test_lengths) == (256, [512, 1024])  # type: ignore[union-attr]
+        assert {task["joined"] for task in dump_config(one)["tasks"]} == {6}
+        assert problems(one) == problems(other) == []
+    assert absolute[0].model.path is None  # type: ignore[union-attr]
+    [problem] = problems(structs.replace(absolute[0], model=structs.replace(absolute[0].model, max_positions=512)))
+    assert "objective.test_lengths: got 1024, expected at most model.max_positions = 512" in problem
+
+
 def test_synthetic_pages_have_no_other_fields() -> None:
     found = {name for index in range(40) for name in synthetic_page("train", index).fields}
     assert found <= set(SYNTHETIC_FIELDS)
@@ -107,6 +125,27 @@ def test_arms_run_through_the_pipeline_once(tmp_path: Path, capsys: pytest.Captu
     assert fresh.equal(start)
 
 
+def test_lengths_are_compared_through_the_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = tmp_path / "pages.jsonl"
+    write_pages(pages, [make_page(number) for number in range(60)])
+    sets = [part for setting in (*TINY, *SHEETS) for part in ("--set", setting)]
+    call = ["length", "--receipts", str(pages), "--seeds", "0", "--steps", "2", "2", "--runs", str(tmp_path), *sets]
+    assert main(call) == 0
+    assert capsys.readouterr().out.count("done in") == 4
+    arms = json.loads((tmp_path / "length.json").read_text(encoding="utf-8"))["arms"]
+    for arm in ("relative", "absolute"):
+        [run] = arms[arm]
+        assert {"f1", "at_128_f1", "at_256_f1"} <= run["tagging"].keys()
+        assert {"mllm_accuracy", "at_128_mllm_accuracy", "at_256_mllm_accuracy"} <= run["pretraining"].keys()
+        assert run["pretraining"]["positions_per_row"] < 65 < run["pretraining"]["at_128_positions_per_row"]
+        assert "fields_f1" not in run["tagging"]  # the sheets' pages have a total each
+    table = load_file(tmp_path / "sheets" / "absolute-tag-s0" / "checkpoints" / "step-000002" / "model.safetensors")
+    fresh = load_file(tmp_path / "sheets" / "absolute-s0" / "model" / "model.safetensors")
+    places, first = (of["utel.embeddings.position_embeddings.weight"] for of in (table, fresh))
+    assert len(places) == 1024
+    assert (places[:64] - first[:64]).abs().max() > 100 * (places[64:] - first[64:]).abs().max()
+
+
 def test_gains_are_paired_by_seed() -> None:
     def run(seed: int, f1: float) -> PagesMeasured:
         return PagesMeasured(seed, [], {"f1": f1, "fields_f1": 0.7, "fields_f1_date": 0.8}, {}, 1.0)
@@ -123,6 +162,14 @@ def test_gains_are_paired_by_seed() -> None:
     assert "50.0 ± 14.1" in text
     assert "+10.0" in text
     assert "80.0" in text
+
+
+def test_a_row_for_each_length() -> None:
+    run = PagesMeasured(0, [], {"f1": 0.4, "at_512_f1": 0.3}, {"mllm_accuracy": 0.25}, 1.0)
+    console = Console(width=150, record=True)
+    console.print(lengths_table("t", summarize_pages([("relative", [run])]), 256, (512,)))
+    rows = [line.split() for line in console.export_text().splitlines() if "relative" in line]
+    assert rows == [["relative", "256", "1", "25.0", "40.0"], ["relative", "512", "1", "30.0"]]
 
 
 def test_what_is_not_there_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,3 +161,26 @@ def test_a_tagger_of_other_entities_is_refused(tmp_path: Path) -> None:
         ConfigError, match="forms: this tagger knows question, total, expected company, date, address too"
     ):
         extract(tmp_path / "forms", tmp_path / "rows.jsonl", tmp_path / "out.jsonl", "cpu")
+
+
+def test_a_folder_of_pdfs_is_extracted_and_what_was_left_out_is_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pdfs"
+    folder.mkdir()
+    draw_receipt(folder / "one.pdf", 1)
+    draw_receipt(folder / "turned.pdf", 2, turned=True)
+    draw_receipt(folder / "locked.pdf", 0, encrypt=StandardEncryption("user", ownerPassword="owner"))
+    extract(model, folder, tmp_path / "out.jsonl", "cpu")
+    got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["fields"]["date"]) for row in got] == [
+        ("one-p001", "11/03/2018"), ("turned-p001", "12/03/2018")
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    for text in (
+        "files 3, refused 1, pages 6, kept 2",
+        "rotated pages 1, pages without text 2",
+        "is encrypted",
+        "2 pages; found company on 2",
+    ):
+        assert text in said

@@ -1,4 +1,4 @@
-"""Commands on a trained UTel tagger: the entities of a PDF's page, the fields of many receipts."""
+"""Commands on a trained UTel tagger: the entities of a PDF's page, the fields of many pages."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ def utel_tag(
 
 def utel_extract(
     model: Tagger,
-    pages: Annotated[Path, typer.Argument(metavar="IN.jsonl[.gz]", help="Receipts; their labels are not looked at.")],
+    pages: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="Receipts (.jsonl[.gz]; labels are not looked at), or a folder of PDFs."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl[.gz]", help="Gets a line a page: id and fields.")],
     device: Device = "auto",
 ) -> None:
-    """Read company, date, address and total off receipts."""
+    """Read company, date, address and total off receipts or PDFs."""
     from workers.utel_extract import extract
 
     extract(model, pages, out, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from engine.config import Config, PagesTask, UtelModel, UtelTagObjective
+from engine.config import Config, PagesTask, UtelModel, UtelObjective, UtelTagObjective
 
 
 def pages(config: Config) -> Iterator[str]:
@@ -40,8 +40,11 @@ def _settings(config: Config, model: UtelModel) -> Iterator[str]:
     for index, task in enumerate(found):
         if not 0 < task.weight < math.inf:
             yield f"tasks.{index}: weight: got {task.weight}, expected a positive number"
-        if task.held_out < 0 or task.synthetic < 1:
-            yield f"tasks.{index}: got held_out {task.held_out}, synthetic {task.synthetic}, expected at least 0 and 1"
+        if task.held_out < 0 or task.joined < 1 or task.synthetic < max(task.joined, 1):
+            yield (
+                f"tasks.{index}: got held_out {task.held_out}, joined {task.joined}, synthetic {task.synthetic}, expected at "
+                "least 0, 1 and as many as are joined"
+            )
     if config.eval.prompts and not any(task.held_out for task in found):
         yield f"eval.prompts = {config.eval.prompts}, but no task holds pages out (held_out)"
     if isinstance(config.objective, UtelTagObjective) and not config.objective.fields:
@@ -50,5 +53,20 @@ def _settings(config: Config, model: UtelModel) -> Iterator[str]:
         for name, share in (("vary", config.objective.vary), ("hide", config.objective.hide)):
             if not 0 <= share < 1:
                 yield f"objective.{name}: got {share}, expected 0 or more and less than 1"
-    if isinstance(config.objective, UtelTagObjective) and config.objective.length < 3:
-        yield f"objective.length: got {config.objective.length}, expected at least 3"
+    yield from _lengths(config, model)
+
+
+def _lengths(config: Config, model: UtelModel) -> Iterator[str]:
+    if not isinstance(config.objective, UtelObjective | UtelTagObjective):
+        return
+    for key, length in (
+        ("length", config.objective.length),
+        *(("test_lengths", length) for length in config.objective.test_lengths),
+    ):
+        if length < 3:
+            yield f"objective.{key}: got {length}, expected at least 3"
+        if model.sequence == "absolute" and length > model.max_positions:
+            yield (
+                f"objective.{key}: got {length}, expected at most model.max_positions = {model.max_positions}, the places in "
+                'the table of model.sequence = "absolute"'
+            )

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from engine.config import Config, ConfigError, SftObjective, policy_folder
 from engine.documents.page_rows import PageText
+from engine.documents.readings import Reading
 from engine.rows import prompt_text
 from engine.stored import StoredGroup, check_vocabulary
 from engine.tasks import LogSource, Row, Source, page_tasks, prompt_tasks
@@ -55,6 +56,11 @@ class Intake:
                 f"eval.prompts = {config.eval.prompts}: every held-out prompt was skipped, the last one as "
                 f"{self.skipped[-1]}"
             )
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What was met where documents were read."""
+        return [] if self.source is None else self.source.readings
 
     def train(self, group: int, *, min_version: int) -> Entry:
         """The next training group. Raises `ConfigError` when nothing but prompts that are too long comes."""

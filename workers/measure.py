@@ -13,7 +13,7 @@ from msgspec import Struct
 from engine.config import Config, parse_config
 from protocols.log import LogReader
 from workers.measure_documents import DocumentFigures, document_figures
-from workers.measure_pages import PageFigures, page_figures
+from workers.measure_pages import PageFigures, page_figures, readings
 
 PAGE_ROWS = 4096
 
@@ -75,6 +75,7 @@ class Report(Struct, frozen=True):
     roles: list[RoleTime]
     documents: list[DocumentFigures] = []
     pages: list[PageFigures] = []
+    readings: list[str] = []
 
 
 def measure(log: LogReader) -> Report:
@@ -108,6 +109,7 @@ def measure(log: LogReader) -> Report:
         roles=role_times(log, config),
         documents=document_figures(log),
         pages=page_figures(log),
+        readings=readings(log),
     )
 
 

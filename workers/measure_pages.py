@@ -9,6 +9,8 @@ from msgspec import Struct
 from protocols.log import LogReader
 
 PREFIX = "held_out_"
+READ = "read"
+"""The kind of the events that tell what the reading of documents met."""
 SHOWN = ("f1", "f1_strict", "fields_f1", "mllm_accuracy", "swp_accuracy", "swp_accuracy_no_boxes", "cwe_top1")
 
 
@@ -23,6 +25,17 @@ def page_figures(log: LogReader) -> list[PageFigures]:
     """Every evaluation on held-out pages, in the order of its steps."""
     found = ((step.step, _held_out(step.metrics.items())) for step in log.steps())
     return [PageFigures(step, figures) for step, figures in found if figures]
+
+
+def readings(log: LogReader) -> list[str]:
+    """What the reading of documents met when the run was last started: pages that were turned, left out, and why."""
+    found: list[str] = []
+    for event in log.events():
+        if event.kind == "started":
+            found = []
+        elif event.kind == READ:
+            found.append(event.detail)
+    return found
 
 
 def page_line(found: PageFigures) -> str:

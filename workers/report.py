@@ -43,7 +43,7 @@ def closing_table(found: Report) -> Table:
 
 def closing_lines(found: Report) -> list[tuple[str, str]]:
     """What each line of the closing table says."""
-    lines = []
+    lines = [("read", reading) for reading in found.readings]
     if found.evaluations:
         before, after = found.evaluations[0], found.evaluations[-1]
         change = f" ({after.accuracy - before.accuracy:+.3f})" if after is not before else ""

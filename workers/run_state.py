@@ -17,6 +17,7 @@ from protocols.ledger import Decided, Issue, Ledger, Pace, Score
 from protocols.log import GroupRow, Log
 from workers.continuity import continued_log
 from workers.intake import Intake
+from workers.measure_pages import READ
 from workers.metrics import MetricsWriter
 from workers.provenance import code_version
 from workers.reward_watch import RewardWatch
@@ -47,6 +48,9 @@ class RunState:
         self.log = self._open_log(resume)
         starts = sum(event.kind == "started" for event in self.log.events())
         self.event("started", "buffer", code_version())
+        for reading in self.intake.readings:
+            say(f"buffer: read {reading}")
+            self.event(READ, "source", str(reading))
         self.log.commit()
         self.ledger = Ledger(pace_of(config), first_fence=starts * FENCES_PER_START)
         self.metrics = MetricsWriter(config.run_dir)

@@ -1,4 +1,4 @@
-"""`headrace utel-extract`: the fields of many receipts, a line each."""
+"""`headrace utel-extract`: the fields of many pages, a line each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rich.text import Text
 
 from engine.config import ConfigError
 from engine.documents.page import write_rows
-from engine.documents.sroie import FIELDS, SroieReport, read_sroie_jsonl
+from engine.documents.readings import reading_of
+from engine.documents.sources import read_documents
+from engine.documents.sroie import FIELDS
 from engine.utel.reading import Reader
 
 
@@ -24,26 +26,21 @@ class Extracted(Struct, frozen=True):
 
 
 def extract(model: Path, source: Path, out: Path, device: str) -> None:
-    """Writes one line a receipt, in the file's order; the file appears whole or not at all. Raises `ConfigError` for a model
-    or a row that cannot be read."""
+    """Writes one line a page of a file of receipts or a folder of PDFs, in their order; the file appears whole or not at all.
+    Says what was turned, clipped and left out. Raises `ConfigError` for a model or a row that cannot be read."""
     reader = Reader(model, device=device)
     if missing := [name for name in FIELDS if name not in reader.types]:
         raise ConfigError(
             f"{model}: this tagger knows {', '.join(reader.types) or 'no entity types'}, expected {', '.join(missing)} too"
         )
-    report, counts = SroieReport(), Counter[str]()
+    (pages, report), counts = read_documents(source, labels=False), Counter[str]()
 
     def lines() -> Iterator[Extracted]:
-        for page, found in reader.each(read_sroie_jsonl(source, report, labels=False), FIELDS):
+        for page, found in reader.each(pages, FIELDS):
             counts.update(found.keys())
             yield Extracted(page.id, {name: field.value for name, field in found.items()})
 
-    pages = write_rows(out, lines())
-    Console(highlight=False).print(
-        Text(
-            f"{pages} pages, {report.words} words"
-            + (f", {report.clipped_boxes} boxes clipped to their page" if report.clipped_boxes else "")
-            + f"; found {', '.join(f'{name} on {counts[name]}' for name in FIELDS)}\n{out}"
-        ),
-        soft_wrap=True,
-    )
+    written = write_rows(out, lines())
+    read = reading_of(str(source), report).lines
+    found = f"{written} pages; found {', '.join(f'{name} on {counts[name]}' for name in FIELDS)}"
+    Console(highlight=False).print(Text("\n".join([*read, found, str(out)])), soft_wrap=True)

@@ -11,9 +11,10 @@ import numpy as np
 from msgspec import Struct
 
 from engine.config_pages import PagesTask
+from engine.documents.joining import join, joined
 from engine.documents.page import SIZE, Box, Page
+from engine.documents.sources import documents_with_words
 from engine.documents.split import split_by_company
-from engine.documents.task_rows import documents_with_words
 from engine.fields import TaskError
 from engine.rows import Prompt, Row, prompt_id, prompt_text
 
@@ -86,9 +87,9 @@ class PageRows:
     def __init__(self, task: PagesTask, name: str) -> None:
         """Reads them. Raises `TaskError` for what cannot be read, and when there is no page with words."""
         self.name, self.boxes, self.where = name, task.boxes, str(task.path)
-        pages = documents_with_words(self.where)
+        pages, self.reading = documents_with_words(self.where)
         train, held_out = split_by_company(pages, min(1.0, task.held_out / len(pages)))
-        self._rows, self.pool = list(self._distinct(train)), list(self._distinct(held_out))
+        self._rows, self.pool = (list(self._distinct(joined(side, task.joined))) for side in (train, held_out))
 
     def exclude(self, keys: frozenset[str]) -> None:
         """Training rows no longer hold these pages. Raises `TaskError` when nothing is left."""
@@ -114,19 +115,21 @@ class SyntheticRows:
         from engine.documents.synthetic import synthetic_page  # needs the extra `documents`
 
         self.task, self.name, self._draw = task, name, synthetic_page
-        self.pool = [self._row("test", index) for index in range(task.held_out)]
+        self.pool = [self._row("test", index) for index in range(task.held_out // task.joined)]
 
     def exclude(self, keys: frozenset[str]) -> None:
         """Nothing to do: values and templates of the two sides differ."""
 
     def __len__(self) -> int:
-        return self.task.synthetic
+        return self.task.synthetic // self.task.joined
 
     def __getitem__(self, index: int) -> Row:
         return self._row("train", index)
 
     def _row(self, split: Literal["train", "test"], index: int) -> Row:
-        page = self._draw(split, index, seed=self.task.seed)
+        together = self.task.joined
+        drawn = [self._draw(split, index * together + place, seed=self.task.seed) for place in range(together)]
+        page = drawn[0] if together == 1 else join(drawn)
         return page_row(page, self.name, self.task.boxes, f"{self.name}: page {page.id}")
 
 

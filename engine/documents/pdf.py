@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct, field
 
 from engine.documents.page import Box, Page, normalise_box
+from engine.documents.readings import in_words, refusals
 from engine.fields import TaskError
 
 try:
@@ -69,14 +70,11 @@ class PdfReport(Struct):
     """Left out: drawn again in the same place (a PDF's way to bold or to shadows)."""
 
     def summary(self) -> str:
-        """One line with every count that is not zero, and one for each refused file."""
-        counts = {
-            name: value for name in self.__struct_fields__ if isinstance(value := getattr(self, name), int) and value
-        }
-        lines = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()) or "nothing read"]
+        """One line with every count that is not zero, one for what needs OCR, and one for each of the first refused files."""
+        lines = [in_words(self)]
         if need := self.pages_without_text + self.unreadable_pages:
             lines.append(f"{need} pages hold no text that can be read: run OCR on them first")
-        return "\n".join([*lines, *self.refused.values()])
+        return "\n".join([*lines, *refusals(self.refused)])
 
 
 class _Turn(NamedTuple):

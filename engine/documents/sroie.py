@@ -67,9 +67,10 @@ def read_sroie_jsonl(path: Path, report: SroieReport, *, labels: bool = True) ->
         yield _page(where, receipt, report)
 
 
-def read_sroie_folder(folder: Path, report: SroieReport) -> Iterator[Page]:
+def read_sroie_folder(folder: Path, report: SroieReport, *, labels: bool = True) -> Iterator[Page]:
     """Pages of the official layout: `box/*.csv` (or .txt) with eight numbers and the text a line, `key/*.json` (or .txt)
-    with the labels, and `img/*.jpg` for the pages' sizes. Raises `TaskError` that names the file and line."""
+    with the labels (not looked at without `labels`), and `img/*.jpg` for the pages' sizes. Raises `TaskError` that names the
+    file and line."""
     boxes = sorted(path for path in folder.glob("box/*") if path.suffix in (".csv", ".txt"))
     if not boxes:
         raise TaskError(f"{folder}: no box/*.csv or box/*.txt, expected the layout of {WHERE}")
@@ -80,7 +81,8 @@ def read_sroie_folder(folder: Path, report: SroieReport) -> Iterator[Page]:
             if text.strip()
         ]
         width, height = _size(folder, path.stem, lines, report)
-        yield _page(str(path), _Receipt(path.stem, width, height, lines, _labels(folder, path.stem)), report)
+        fields = _labels(folder, path.stem) if labels else {}
+        yield _page(str(path), _Receipt(path.stem, width, height, lines, fields), report)
 
 
 def _page(where: str, receipt: _Receipt, report: SroieReport) -> Page:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.config import DocumentsTask
-from engine.documents.funsd import FunsdReport, read_funsd_folder
-from engine.documents.page import Page, read_pages
+from engine.documents.page import Page
 from engine.documents.prompts import extraction_prompt
+from engine.documents.sources import documents_with_words
 from engine.documents.split import split_by_company
-from engine.documents.sroie import SroieReport, read_sroie_folder, read_sroie_jsonl
-from engine.fields import TaskError, read_jsonl
+from engine.fields import TaskError
 from engine.rows import Row, prompt_id, with_system
 
 _LOG = logging.getLogger(__name__)
@@ -27,7 +25,7 @@ class DocumentRows:
         """Reads the documents. Raises `TaskError` for one that cannot be read, for no page at all, and for a page that
         nothing could grade."""
         self.task, self.name = task, name
-        pages = documents_with_words(task.path)
+        pages, self.reading = documents_with_words(task.path)
         if task.score.utel is not None and not task.fields:
             raise TaskError(
                 f"task {name}: fields: got none with score.utel, which reads only the fields that are named"
@@ -123,26 +121,3 @@ def _reference(page: Page, wanted: Sequence[str], labels: dict[str, str]) -> dic
         "words": page.words,
         "boxes": page.boxes,
     }
-
-
-def documents_with_words(path: str) -> list[Page]:
-    """The pages of `read_documents` that have words. Raises `TaskError` as it does, and when there is none."""
-    pages = [page for page in read_documents(Path(path)) if page.words]
-    if not pages:
-        raise TaskError(f"{path}: got no page with words, expected at least one")
-    return pages
-
-
-def read_documents(path: Path) -> Iterator[Page]:
-    """The pages of a file of receipts or pages, or of a folder in SROIE's or FUNSD's layout or of PDFs; which of them it is
-    shows in the file's first row and in the folder's names. Raises `TaskError`."""
-    if not path.is_dir():
-        _, first = next(read_jsonl(path), ("", {}))
-        return read_sroie_jsonl(path, SroieReport()) if "lines" in first else read_pages(path)
-    if (path / "annotations").is_dir():
-        return read_funsd_folder(path, FunsdReport())
-    if (path / "box").is_dir():
-        return read_sroie_folder(path, SroieReport())
-    from engine.documents.pdf import PdfReport, read_pdf_folder  # needs the extra `documents`
-
-    return read_pdf_folder(path, PdfReport())

@@ -57,7 +57,9 @@ def _started(config: Config, model: UtelModel, start: Path, pieces: WordPiece) -
     if document.get("model_type") == "bert":
         return from_bert(start, shape, seed=config.seed)
     found = load_utel(start)
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "sequence_term"):
+    table = ("max_position_embeddings",) if shape.sequence_term == "absolute" else ()
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "sequence_term", *table)
+    for name in sizes:
         if getattr(found.config, name) != getattr(shape, name):
             raise ConfigError(
                 f"{start}: {name}: got {getattr(found.config, name)}, expected {getattr(shape, name)}, as in [model]"

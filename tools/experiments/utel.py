@@ -1,8 +1,10 @@
-"""`tools/experiments/utel_ablation`: what UTel's pretraining tasks, the boxes and the clip distance are worth for entity tagging.
+"""`tools/experiments/utel_ablation`: what UTel's pretraining tasks, the boxes and the clip distance are worth for entity tagging,
+and how it reads rows that are longer than those it was trained on.
 
     tools/experiments/utel_ablation receipts --receipts data/sroie_receipts.jsonl.gz --seeds 0 1 2
     tools/experiments/utel_ablation synthetic
     tools/experiments/utel_ablation clip --receipts data/sroie_receipts.jsonl.gz
+    tools/experiments/utel_ablation length --receipts data/sroie_receipts.jsonl.gz --steps 300 300
     tools/experiments/utel_ablation receipts --report      # the table of what has run so far
 
 Every arm is two runs of the real pipeline, pretraining and tagging. Runs that are done are not run again, one that was cut
@@ -23,8 +25,17 @@ from rich.console import Console
 from engine.config import ConfigError, load_config
 from tools.benchmarks.__main__ import machine
 from tools.experiments.runs import Run, execute_all
-from tools.experiments.utel_arms import ALL, PRETRAINING, TABLES, TAGGING, PageArm, PageExperiment, PageTable
-from tools.experiments.utel_figures import PagesMeasured, held_out_figures, pages_table, summarize_pages
+from tools.experiments.utel_arms import (
+    PRETRAINING,
+    TABLES,
+    TAGGING,
+    TESTED,
+    TRAINED,
+    PageArm,
+    PageExperiment,
+    PageTable,
+)
+from tools.experiments.utel_figures import PagesMeasured, held_out_figures, lengths_table, pages_table, summarize_pages
 
 WIDTH = 150
 """Columns of a table that goes to a file."""
@@ -49,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def experiment_of(name: str, options: argparse.Namespace) -> PageExperiment:
     """A table's runs. Raises `ConfigError` for settings that do not fit, and for receipts that are not there."""
     table, receipts = TABLES[name], Path(options.receipts).resolve()
-    if table.data == "receipts" and not options.report and not receipts.exists():
+    if table.data != "synthetic" and not options.report and not receipts.exists():
         raise ConfigError(f"{receipts}: no such file; expected receipts in SROIE's form, see {TAGGING}")
     pretraining, tagging = options.steps or [load_config(path).steps for path in (PRETRAINING, TAGGING)]
     if unknown := set(options.arms or []) - {arm.name for arm in table.arms}:
         known = ", ".join(arm.name for arm in table.arms)
         raise ConfigError(f"--arms: {name} has no {', '.join(sorted(unknown))}, expected some of {known}")
-    wanted = {ALL.name, *(options.arms or (arm.name for arm in table.arms))}
-    table = PageTable(table.data, tuple(arm for arm in table.arms if arm.name in wanted))
+    wanted = {table.start.name, *(options.arms or (arm.name for arm in table.arms))}
+    table = PageTable(table.data, tuple(arm for arm in table.arms if arm.name in wanted), table.start)
     return PageExperiment(table, options.runs / table.data, str(receipts), pretraining, tagging, tuple(options.set))
 
 
@@ -68,7 +79,11 @@ def report(experiment: PageExperiment, name: str, options: argparse.Namespace) -
     summary = summarize_pages(found)
     steps = f"{experiment.pretraining_steps} pretraining and {experiment.tagging_steps} tagging steps"
     if summary:
-        console.print(pages_table(f"{name}: {steps}, held-out F1 in %, mean ± deviation over seeds", summary))
+        console.print(
+            lengths_table(f"{name}: {steps} in rows of {TRAINED}", summary, TRAINED, TESTED)
+            if experiment.table.data == "sheets"
+            else pages_table(f"{name}: {steps}, held-out F1 in %, mean ± deviation over seeds", summary)
+        )
     if missing := [arm for arm, runs in found if not runs]:
         console.print(f"not run yet: {', '.join(missing)}")
     facts = {
@@ -114,7 +129,8 @@ def _table(name: str, options: argparse.Namespace) -> list[str]:
 
 def _runs(experiment: PageExperiment, seed: int) -> list[Run]:
     """First those whose fresh model the others start from."""
-    arms = [ALL, *(arm for arm in experiment.table.arms if arm != ALL)]
+    start = experiment.table.start
+    arms = [start, *(arm for arm in experiment.table.arms if arm != start)]
     return [run for arm in arms for run in experiment.runs(arm, seed)]
 
 
@@ -126,7 +142,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("tables", nargs="+", metavar="TABLE", choices=list(TABLES), help=", ".join(TABLES))
     parser.add_argument("--receipts", default="data/sroie_receipts.jsonl.gz", metavar="FILE")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"only these, and {ALL.name}, where the others start")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, and the one where the others start")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--steps", type=int, nargs=2, metavar="N", help="of pretraining and of tagging")
     parser.add_argument("--runs", type=Path, default=Path("runs/utel-ablation"), metavar="DIR")

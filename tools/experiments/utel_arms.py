@@ -23,25 +23,27 @@ HELD_OUT = 100
 
 class PageArm(Struct, frozen=True):
     """`settings` are the pretraining's `--set` texts, None without pretraining, which takes `times` as many steps as those
-    of the other arms; `boxes` and the model's `clip` distance are those of both runs."""
+    of the other arms; `boxes`, the model's `clip` distance and its term of the `sequence` are those of both runs."""
 
     name: str
     settings: tuple[str, ...] | None = ()
     times: int = 1
     boxes: Literal["seen", "hidden", "shuffled"] = "seen"
     clip: int = 50
+    sequence: Literal["relative", "absolute"] = "relative"
 
 
 class PageTable(Struct, frozen=True):
-    """The arms' pages are receipts or synthetic ones."""
+    """The arms' pages are receipts, synthetic pages, or sheets of receipts. `start` is the arm whose fresh model is the start of
+    the others with its seed (not of those with other weights: a table of places is one)."""
 
-    data: Literal["receipts", "synthetic"]
+    data: Literal["receipts", "synthetic", "sheets"]
     arms: tuple[PageArm, ...]
+    start: PageArm
 
 
 NO_SWP, NO_CWE = "objective.swp.weight=0", "objective.cwe.weight=0"
 ALL = PageArm("all")
-"""Its fresh model is the start of the other arms with its seed."""
 TASKS = (
     PageArm("none", None),
     PageArm("mllm", (NO_SWP, NO_CWE)),
@@ -54,12 +56,21 @@ TASKS = (
 )
 CLIPS = tuple(PageArm(f"clip-{distance}", clip=distance) for distance in (0, 10, 25))
 CLIPS = (*CLIPS, ALL, PageArm("clip-100", clip=100), PageArm("clip-none", clip=-1))
+ORDERS = (PageArm("relative"), PageArm("absolute", sequence="absolute"))
 TABLES = {
-    "receipts": PageTable("receipts", TASKS),
-    "synthetic": PageTable("synthetic", TASKS),
-    "clip": PageTable("receipts", CLIPS),
+    "receipts": PageTable("receipts", TASKS, ALL),
+    "synthetic": PageTable("synthetic", TASKS, ALL),
+    "clip": PageTable("receipts", CLIPS, ALL),
+    "length": PageTable("sheets", ORDERS, ORDERS[0]),
 }
 """By the names that the command line uses."""
+
+TRAINED, TESTED = 256, (512, 1024)
+"""Lengths of rows of the table `length`. Receipts have about 200 sub-tokens, so `JOINED` of them make a sheet that fills a row
+of 1024; sheets are trained on and tested on alike, so that nothing but the length of the rows is new in a test."""
+JOINED = 6
+SHEETS = 3
+"""In a step: about as many receipts as the other tables' steps have pages."""
 
 
 class PageExperiment(Struct, frozen=True):
@@ -78,28 +89,43 @@ class PageExperiment(Struct, frozen=True):
         policy = f"{before[0].config.run_dir}/checkpoints/step-{before[0].config.steps:06d}" if before else ""
         start = f'model.path="{policy}"' if policy else self._fresh(seed)
         fields = [f"objective.fields={json.dumps(SYNTHETIC_FIELDS)}"] if self.table.data == "synthetic" else []
-        settings = ["cold_start=", start, *fields, f"eval.prompts={HELD_OUT}"]
+        settings = ["cold_start=", start, *fields, f"eval.prompts={self._held_out}"]
         name = f"{arm.name}-tag-s{seed}"
         return [*before, self._run(TAGGING, name, arm, seed=seed, steps=self.tagging_steps, settings=settings)]
 
     def _pretraining(self, arm: PageArm, seed: int) -> Run:
-        settings = [*(arm.settings or ()), *([] if arm == ALL else [self._fresh(seed)])]
+        own = arm == self.table.start or arm.sequence != self.table.start.sequence
+        settings = [*(arm.settings or ()), *([] if own else [self._fresh(seed)])]
         steps = self.pretraining_steps * arm.times
         return self._run(PRETRAINING, f"{arm.name}-s{seed}", arm, seed=seed, steps=steps, settings=settings)
 
     def _fresh(self, seed: int) -> str:
-        return f'model.path="{self.folder}/{ALL.name}-s{seed}/model"'
+        return f'model.path="{self.folder}/{self.table.start.name}-s{seed}/model"'
 
     def _run(self, path: str, name: str, arm: PageArm, *, seed: int, steps: int, settings: list[str]) -> Run:
         if self.table.data == "synthetic":
             own = [f'tasks=[{{type = "pages", synthetic = 4000, held_out = {HELD_OUT}}}]']
         else:
             own = [f'tasks.0.path="{self.receipts}"']
+        if self.table.data == "sheets":
+            own += self._rows(path)
         own += [f"seed={seed}", f"steps={steps}", f"eval.every={steps}"]
         own += [f"learner.decay_steps={steps}"] if load_config(path).learner.decay_steps else []
         own += [] if arm.clip == ALL.clip else [f"model.clip_distance={arm.clip}"]
+        if arm.sequence == "absolute":
+            own += ['model.sequence="absolute"', f"model.max_positions={TESTED[-1]}"]
         if arm.boxes != "seen":
             tasks = len(load_config(path, own).tasks)
             own += [f'tasks.{index}.boxes="{arm.boxes}"' for index in range(tasks)]
         settings = [f'runs="{self.folder}"', f'name="{name}"', *own, *settings, *self.extra]
         return Run(path=path, settings=tuple(settings), config=load_config(path, settings))
+
+    def _rows(self, path: str) -> list[str]:
+        """The settings of sheets and of their rows' lengths."""
+        joined = [f"tasks.{index}.joined={JOINED}" for index in range(len(load_config(path).tasks))]
+        lengths = [f"objective.length={TRAINED}", f"objective.test_lengths={list(TESTED)}"]
+        return [*joined, *lengths, f"buffer.groups_per_step={SHEETS}", f"eval.prompts={self._held_out}"]
+
+    @property
+    def _held_out(self) -> int:
+        return HELD_OUT // JOINED if self.table.data == "sheets" else HELD_OUT

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from engine.learn_pages import length_name
 from tools.experiments.figures import Spread, spread
 from tools.experiments.picture import number
 from workers.measure_pages import PREFIX
@@ -95,6 +96,24 @@ def pages_table(title: str, found: Sequence[PagesSummary]) -> Table:
             gain,
             *(_cell(arm, name) for name in others),
         )
+    return made
+
+
+def lengths_table(title: str, found: Sequence[PagesSummary], trained: int, tested: Sequence[int]) -> Table:
+    """One row an arm and length of the rows that it reads: accuracy in percent of masked and of surrounding words after
+    pretraining, F1 of entities after tagging; mean over seeds, plus or minus their standard deviation."""
+    made = Table(title=f"{title}, held-out figures in %", box=box.SIMPLE, padding=(0, 1))
+    made.add_column("arm", no_wrap=True)
+    for name in ("read in rows of", "seeds", "masked words", "surrounding words", "entities", "strict"):
+        made.add_column(name, justify="right")
+    for arm in found:
+        for length in (trained, *tested):
+            figures = [
+                number(of[name], scale=100) if (name := length_name(kind, length, trained)) in of else ""
+                for of, kinds in ((arm.pretraining, ("mllm_accuracy", "swp_accuracy")), (arm.figures, HEADS[:2]))
+                for kind in kinds
+            ]
+            made.add_row(Text(arm.arm, style="bold"), str(length), str(len(arm.seeds)), *figures)
     return made
 
 
