@@ -112,16 +112,18 @@ class Ledger:
     # --- events --------------------------------------------------------------------------------------------------
 
     def joined(self, worker: str, role: str, capacity: int) -> None:
-        """A worker said hello; one that comes back under its name keeps its leases."""
+        """A worker said hello; one that comes back under its name keeps its leases. A generator gets nothing until it has
+        said, by `alive`, which weights it serves."""
         self._take_back_all(self._leases.joined(worker, role, capacity))
 
     def left(self, worker: str) -> None:
         """A worker is gone: what it held is issued anew, under a fence that refuses its late results."""
         self._take_back_all(self._leases.left(worker))
 
-    def alive(self, worker: str, held: Iterable[tuple[int, int]], now: float) -> None:
-        """A heartbeat: renews the leases of the (group, fence) pairs that the generator names."""
-        self._leases.alive(worker, held, now)
+    def alive(self, worker: str, held: Iterable[tuple[int, int]], now: float, *, version: int | None = None) -> None:
+        """A heartbeat: renews the leases of the (group, fence) pairs that the generator names. It gets tickets only while
+        it serves weights of some `version`."""
+        self._leases.alive(worker, held, now, version=version)
 
     def add_group(self, group: int, kind: Kind, samples: int, *, min_version: int = 0) -> None:
         """A prompt enters. `ready` groups (rows that come with their responses) wait for no generator and no reward."""

@@ -21,10 +21,11 @@ class Leases:
     # --- workers ------------------------------------------------------------------------------------------------------
 
     def joined(self, worker: str, role: str, capacity: int) -> list[tuple[int, int]]:
-        """One that comes back under its name keeps its leases; returns those that end, as of one of another role."""
+        """One that comes back under its name keeps its leases, and says anew what it serves: it may be another process.
+        Returns the leases that end, as of one of another role."""
         known = self.workers.get(worker)
         if known and known.role == role:
-            known.capacity, known.suspect = capacity, False
+            known.capacity, known.suspect, known.version = capacity, False, None
             return []
         ended = self.left(worker)
         self.workers[worker] = Worker(role, capacity)
@@ -35,12 +36,12 @@ class Leases:
         gone = self.workers.pop(worker, None)
         return sorted(gone.outstanding) if gone else []
 
-    def alive(self, worker: str, held: Iterable[tuple[int, int]], now: float) -> None:
-        """Renews the leases of the (group, fence) pairs that a generator names."""
+    def alive(self, worker: str, held: Iterable[tuple[int, int]], now: float, *, version: int | None) -> None:
+        """Renews the leases of the (group, fence) pairs that a generator names, and notes which weights it serves."""
         known = self.workers.get(worker)
         if known is None:
             return
-        known.suspect = False
+        known.suspect, known.version = False, version
         names = set(held)
         for group, index in known.outstanding:
             sample = self._groups[group].samples[index]

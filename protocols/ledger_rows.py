@@ -94,7 +94,12 @@ class Worker:
     capacity: int
     outstanding: set[tuple[int, int]] = field(default_factory=set)
     suspect: bool = False
+    version: int | None = None
+    """Of the weights that a generator serves, as it said last."""
 
     @property
     def free(self) -> int:
-        return 0 if self.suspect else max(0, self.capacity - len(self.outstanding))
+        """How many samples or grade tasks it may be given now: none while it is not heard, or has no weights to sample with."""
+        if self.suspect or (self.role == "generator" and self.version is None):
+            return 0
+        return max(0, self.capacity - len(self.outstanding))

@@ -90,7 +90,7 @@ class Client:
         owes: str = "",
     ) -> None:
         """What the next heartbeats say; what is None stays as it was. `since` moves when `state` changes; `owes` is the role
-        that this worker waits for."""
+        that this worker waits for. The first version goes out at once: the buffer waits for it."""
         last = self._shared.beat
         self._shared.beat = Heartbeat(
             state=state,
@@ -100,6 +100,9 @@ class Client:
             counters=last.counters if counters is None else dict(counters),
             owes=owes,
         )
+        if last.version is None and version is not None:
+            self._shared.beat_now = True
+            self._shared.nudge()
 
     def send(self, message: Message, timeout_s: float = SEND_TIMEOUT_S) -> int:
         """Queues a message and keeps it until it is acknowledged; returns its id. Its arrays must not change until then.

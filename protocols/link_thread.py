@@ -45,6 +45,8 @@ class Shared:
         self.last_id = random.SystemRandom().getrandbits(48)
         """Starts anywhere, so that an acknowledgement for another worker of this name settles nothing here."""
         self.beat = beat
+        self.beat_now = False
+        """The next heartbeat is due, whenever the last was."""
         self.welcome: Welcome | None = None
         self.connected = False
         self.heard = time.monotonic()
@@ -158,7 +160,8 @@ class LinkThread(threading.Thread):
                     break
                 if shared.connected and not welcomed:
                     welcomed, beat_at = True, 0.0
-                if shared.connected and now >= beat_at:
+                if shared.connected and (shared.beat_now or now >= beat_at):
+                    shared.beat_now = False  # before it is read: what changes later has a heartbeat of its own
                     self._post(dealer, shared.beat)
                     beat_at = now + beat_s
                 self._confirm(dealer, now)

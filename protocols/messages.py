@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from msgspec import Struct
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of this file's contents. Peers of another version are refused by name."""
 
 Role = Literal["generator", "reward", "learner", "observer"]
@@ -303,11 +303,12 @@ class Held(Struct, frozen=True):
 
 class Heartbeat(Struct, frozen=True, tag="heartbeat"):
     """Worker to buffer, every few seconds: I live, this is what I do or wait for, since when (Unix seconds), and who owes
-    it (a role; empty where I work)."""
+    it (a role; empty where I work). `version` is that of the weights that a generator serves or a learner has published;
+    None while there are none, and a generator gets no tickets until then."""
 
     state: str
     since: float
-    version: int = 0
+    version: int | None = None
     held: list[Held] = []
     counters: dict[str, float] = {}
     owes: str = ""

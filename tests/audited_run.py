@@ -40,6 +40,7 @@ class Served:
         self.decisions: list[Issue | Score] = []
         for name, role in (("generator-0", "generator"), ("reward-0", "reward")):
             self.state.ledger.joined(name, role, 16)
+            self.state.ledger.alive(name, [], 0.0, version=0)
             self.state.event("joined", name, f"{role} pid 1 on here")
 
     def turn(self) -> None:

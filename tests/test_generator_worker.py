@@ -179,6 +179,7 @@ def test_it_serves_verified_weights_only_adopts_new_ones_in_flight_and_ends_with
         buffer.send("g", short)
         buffer.until(lambda: buffer.beats.get("g") and buffer.beats["g"].held)
         assert buffer.beats["g"].state == "waits for a learner"
+        assert buffer.beats["g"].version is None
         assert [(held.group, held.fence) for held in buffer.beats["g"].held] == [(1, 2)]
         assert not buffer.rollouts
 

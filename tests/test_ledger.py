@@ -11,7 +11,21 @@ from hypothesis import strategies as st
 
 from protocols.ledger import Decided, Issue, Ledger, Pace, Score
 
-ACTIONS = ["generate", "generate", "reward", "reward", "reward", "learn", "leave", "join", "join", "stall", "repeat"]
+ACTIONS = [
+    "generate",
+    "generate",
+    "reward",
+    "reward",
+    "reward",
+    "learn",
+    "leave",
+    "join",
+    "join",
+    "load",
+    "load",
+    "stall",
+    "repeat",
+]
 PACE = Pace(
     steps=4, groups_per_step=3, max_lag=1, max_oversample=2.0, lease_s=10.0, grade_lease_s=10.0, grade_attempts=2
 )
@@ -29,6 +43,8 @@ class World:
         self.counted: Counter[tuple[int, int]] = Counter()
         self.trained: list[int] = []
         self.late: list[tuple[str, int, int, int]] = []
+        self.loaded: dict[str, int] = {}
+        """The version that each generator has said it serves."""
 
     def turn(self) -> None:
         """Admit what may enter, decide, and check what must hold at every moment."""
@@ -40,6 +56,7 @@ class World:
         for decision in ledger.decide(self.now):
             if isinstance(decision, Issue):
                 assert decision.samples
+                assert decision.worker in self.loaded, "a ticket went to a generator without weights"
                 self.leased.append(decision)
             elif isinstance(decision, Score):
                 self.scoring.append(decision)
@@ -82,18 +99,32 @@ class World:
     def leave(self) -> None:
         name = self.random.choice(sorted(self.ledger.workers) or ["g0"])
         self.ledger.left(name)
+        self.loaded.pop(name, None)
         # The zombie's tickets stay in `leased`: its late results are tried and must be refused.
 
     def join(self) -> None:
         role = self.random.choice(["generator", "reward"])
-        self.ledger.joined(f"{role[0]}{self.random.randrange(3)}", role, self.random.randint(1, 8))
+        name = f"{role[0]}{self.random.randrange(3)}"
+        self.ledger.joined(name, role, self.random.randint(1, 8))
+        self.loaded.pop(name, None)  # it comes (back) as a process that has none yet
+
+    def load(self) -> None:
+        """A generator gets its first weights, or newer ones."""
+        if generators := sorted(name for name in self.ledger.workers if name.startswith("g")):
+            name = self.random.choice(generators)
+            self.loaded[name] = self.ledger.committed
+            self.hear(name)
+
+    def hear(self, name: str, *, holds: bool = True) -> None:
+        """A heartbeat of this worker comes."""
+        held = [(i.group, i.fence) for i in self.leased if i.worker == name] if holds else []
+        self.ledger.alive(name, held, self.now, version=self.loaded.get(name))
 
     def stall(self) -> None:
         self.now += self.random.choice([1.0, 11.0])
         for name in sorted(self.ledger.workers):
             if self.random.random() < 0.8:
-                held = [(i.group, i.fence) for i in self.leased if i.worker == name]
-                self.ledger.alive(name, held, self.now)
+                self.hear(name)
 
     def finish(self) -> None:
         """Only healthy workers from now on: the run must reach its last step."""
@@ -104,7 +135,9 @@ class World:
             if self.ledger.committed == self.ledger.pace.steps:
                 return
             for name in self.ledger.workers:
-                self.ledger.alive(name, [], self.now)
+                if name.startswith("g"):
+                    self.loaded.setdefault(name, self.ledger.committed)
+                self.hear(name, holds=False)
             self.now += 0.5
             self.generate()
             self.reward(("graded",))
@@ -136,6 +169,7 @@ def test_any_history_keeps_the_bound_counts_once_and_ends(
     )
     world = World(pace, size, seed, right)
     world.join()
+    world.load()
     for action in actions:
         getattr(world, action)()
         world.turn()
@@ -145,9 +179,15 @@ def test_any_history_keeps_the_bound_counts_once_and_ends(
     assert all(world.outcomes[group] == "ready" for group in world.trained)
 
 
+def serving(ledger: Ledger, name: str, capacity: int) -> None:
+    """A generator joins that has its weights."""
+    ledger.joined(name, "generator", capacity)
+    ledger.alive(name, [], 0.0, version=0)
+
+
 def running(pace: Pace = PACE, size: int = 2) -> Ledger:
     ledger = Ledger(pace)
-    ledger.joined("g", "generator", 100)
+    serving(ledger, "g", 100)
     ledger.joined("r", "reward", 100)
     while ledger.room():
         ledger.add_group(len(ledger.groups), "train", size)
@@ -198,9 +238,9 @@ def test_a_group_is_sampled_by_weights_that_its_turn_allows() -> None:
 def test_zombie_is_refused_by_its_fence() -> None:
     ledger = running()
     ledger.left("g")
-    ledger.joined("h", "generator", 100)
-    issues = [d for d in ledger.decide(1.0) if isinstance(d, Issue)]
-    assert {i.fence for i in issues} == {2}
+    serving(ledger, "h", 100)
+    issued = [d for d in ledger.decide(1.0) if isinstance(d, Issue)]
+    assert {i.fence for i in issued} == {2}
     assert "fence 1 is not the current one" in str(ledger.rollout("g", 0, 0, 1, 5))
     assert ledger.rollout("h", 0, 0, 2, 5) is None
     assert ledger.rollout("h", 0, 0, 2, 5) is not None
@@ -208,12 +248,44 @@ def test_zombie_is_refused_by_its_fence() -> None:
 
 def test_a_stalled_generator_loses_its_lease_and_gets_no_more_until_it_speaks() -> None:
     ledger = running()
-    ledger.alive("g", [(0, 1)], 9.0)
+    ledger.alive("g", [(0, 1)], 9.0, version=0)
     ledger.decide(12.0)
     assert ledger.groups[0].samples[0].stage == "leased"
     assert ledger.groups[1].samples[0].stage == "new"
-    ledger.alive("g", [(0, 1)], 12.0)
+    ledger.alive("g", [(0, 1)], 12.0, version=0)
     assert len([d for d in ledger.decide(12.0) if isinstance(d, Issue)]) == 5
+
+
+def issues(ledger: Ledger, now: float) -> list[tuple[str, int]]:
+    return [(d.worker, d.group) for d in ledger.decide(now) if isinstance(d, Issue)]
+
+
+def test_a_joiner_holds_nothing_back_until_it_serves() -> None:
+    """Not even prompts: its places count for nothing before it has said which weights it serves, by any heartbeat."""
+    ledger = Ledger(PACE)
+    ledger.joined("joiner", "generator", 8)
+    assert ledger.appetite() == 0
+    ledger.add_group(0, "train", 2)
+    ledger.alive("joiner", [], 1.0)
+    assert issues(ledger, 1.0) == []
+    serving(ledger, "other", 2)
+    assert issues(ledger, 2.0) == [("other", 0)]
+    ledger.add_group(1, "train", 2)
+    assert issues(ledger, 3.0) == []
+    ledger.alive("joiner", [], 4.0, version=3)
+    assert ledger.appetite() == 6
+    assert issues(ledger, 4.0) == [("joiner", 1)]
+
+
+def test_a_generator_that_comes_back_says_anew_what_it_serves() -> None:
+    """It may be a process that was started anew under the name, and has no weights."""
+    ledger = Ledger(PACE)
+    serving(ledger, "g", 4)
+    ledger.joined("g", "generator", 4)
+    ledger.add_group(0, "train", 2)
+    assert issues(ledger, 1.0) == []
+    ledger.alive("g", [], 2.0, version=0)
+    assert issues(ledger, 2.0) == [("g", 0)]
 
 
 def test_failed_samples_are_left_out_and_a_group_of_one_fails() -> None:
@@ -231,13 +303,13 @@ def test_failed_samples_are_left_out_and_a_group_of_one_fails() -> None:
 
 def test_groups_stay_together_and_go_to_the_freest_generator() -> None:
     ledger = Ledger(PACE)
-    ledger.joined("slow", "generator", 4)
-    ledger.joined("fast", "generator", 16)
+    serving(ledger, "slow", 4)
+    serving(ledger, "fast", 16)
     for group in range(3):
         ledger.add_group(group, "train", 4)
-    issues = [d for d in ledger.decide(0.0) if isinstance(d, Issue)]
-    assert [len(i.samples) for i in issues] == [4, 4, 4]
-    assert Counter(i.worker for i in issues) == {"fast": 2, "slow": 1}
+    issued = [d for d in ledger.decide(0.0) if isinstance(d, Issue)]
+    assert [len(i.samples) for i in issued] == [4, 4, 4]
+    assert Counter(i.worker for i in issued) == {"fast": 2, "slow": 1}
 
 
 def test_restored_state_goes_on_where_it_was() -> None:
@@ -247,7 +319,7 @@ def test_restored_state_goes_on_where_it_was() -> None:
     ledger.restore_rollout(7, 1, 5)
     ledger.restore_grade(7, 0, 0, "graded", True)
     ledger.joined("r", "reward", 4)
-    ledger.joined("g", "generator", 4)
+    serving(ledger, "g", 4)
     assert ledger.decide(0.0) == [Score("r", 7, 1, 0)]
 
 
@@ -258,7 +330,7 @@ def test_a_restored_group_that_needs_no_generator_is_not_waiting_for_one(right: 
     for sample in (0, 1):
         ledger.restore_rollout(7, sample, 5)
         ledger.restore_grade(7, sample, 0, "graded", right and sample == 0)
-    ledger.joined("g", "generator", 4)
+    serving(ledger, "g", 4)
     assert ledger.appetite() == 4
     assert [type(d) for d in ledger.decide(0.0)] == [Decided]
 
@@ -266,7 +338,7 @@ def test_a_restored_group_that_needs_no_generator_is_not_waiting_for_one(right: 
 def test_a_zombie_from_before_a_restart_is_refused() -> None:
     ledger = Ledger(PACE, first_fence=1 << 20)
     ledger.add_group(7, "train", 2)
-    ledger.joined("g", "generator", 4)
+    serving(ledger, "g", 4)
     (issue,) = [d for d in ledger.decide(0.0) if isinstance(d, Issue)]
     assert issue.fence == (1 << 20) + 1
     assert "fence 1 is not the current one" in str(ledger.rollout("g", 7, 0, 1, 5))

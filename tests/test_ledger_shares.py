@@ -19,6 +19,7 @@ def shared(seconds: dict[str, float], *, max_lag: int = 3) -> tuple[Counter[str]
     ledger = Ledger(Pace(steps=10**6, groups_per_step=8, max_lag=max_lag, lease_s=1e9, grade_lease_s=1e9))
     for name in seconds:
         ledger.joined(name, "generator", SLOTS)
+        ledger.alive(name, [], 0.0, version=0)
     ledger.joined("reward", "reward", 10**6)
     made: Counter[str] = Counter()
     under_way: list[tuple[float, str, int, int, int]] = []

@@ -147,6 +147,19 @@ def test_heartbeats_go_on_while_the_worker_computes(buffer: Buffer) -> None:
     client.close()
 
 
+def test_the_first_version_does_not_wait_for_the_next_heartbeat() -> None:
+    """The buffer gives a generator nothing before it: an interval is lost otherwise."""
+    with Buffer(heartbeat_s=30.0) as buffer:
+        client = connect(buffer.address, silence_s=60.0)
+        wait_until(lambda: [b.version for b in buffer.received(m.Heartbeat)] == [None], "the first heartbeat")
+        client.status("decodes", version=0)
+        wait_until(lambda: [b.version for b in buffer.received(m.Heartbeat)] == [None, 0], "the version", 10.0)
+        client.status("decodes", version=1)
+        time.sleep(0.3)
+        assert len(buffer.received(m.Heartbeat)) == 2
+        client.close()
+
+
 # --- waits say what they wait for ------------------------------------------------------------------------------------
 
 
@@ -401,7 +414,7 @@ def test_a_buffer_of_another_version_is_named() -> None:
     router.send_multipart([identity, *other_version(encode(m.Welcome("r", 1.0, 0), 5))])
     thread.join(5.0)
     assert isinstance(failure[0], LinkRefused)
-    assert "got version 99, expected 1" in str(failure[0])
+    assert f"got version 99, expected {m.PROTOCOL}" in str(failure[0])
     context.destroy(linger=0)
 
 

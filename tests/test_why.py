@@ -103,7 +103,8 @@ class Run:
     ) -> Worker:
         worker = self._parts.enter_context(closing(Worker(self.address, role, f"{role}-0", answer)))
         if state:
-            worker.client.status(state, owes=owes)
+            served = 0 if role == "generator" and owes != "learner" else None
+            worker.client.status(state, owes=owes, version=served)
         return worker
 
     def learner(self, state: str = "waits for the groups of step 1", owes: str = "buffer") -> Worker:

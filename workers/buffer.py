@@ -145,7 +145,7 @@ class Buffer:
         match message:
             case m.Heartbeat():
                 self.beats[worker] = message
-                self.ledger.alive(worker, ((h.group, h.fence) for h in message.held), now)
+                self.ledger.alive(worker, ((h.group, h.fence) for h in message.held), now, version=message.version)
                 return
             case m.StatusRequest():
                 self.outbox.append((worker, self.status()))

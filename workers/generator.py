@@ -154,7 +154,9 @@ class Generator:
         if update is not None:
             with update:
                 self.engine.load(update.tensors, update.version)
-            self.has_weights, self.counters["serves"] = True, 1.0
+            if not self.has_weights:
+                self.has_weights, self.counters["serves"] = True, 1.0
+                self.status_due = 0.0  # no tickets come before it is said
 
     def _take(self, timeout_s: float) -> None:
         """Everything that has arrived; waits for the first message only."""
@@ -199,10 +201,15 @@ class Generator:
         self.client.status(
             state,
             owes=owes,
-            version=self.engine.version,
+            version=self._version,
             held=self.engine.held(),
             counters={**self.engine.counters, **self.counters, **self.weights.counters},
         )
+
+    @property
+    def _version(self) -> int | None:
+        """What it serves; the buffer sends no tickets before there is something."""
+        return self.engine.version if self.has_weights else None
 
     def _state(self) -> tuple[str, str]:
         """What it does or waits for, and the role that owes it."""
@@ -215,7 +222,7 @@ class Generator:
         return "waits for tickets", "buffer"
 
     def _leave(self, reason: str) -> None:
-        self.client.status("leaves", version=self.engine.version, held=[])
+        self.client.status("leaves", version=self._version, held=[])
         for handed in self.engine.hand_back():
             self.client.send(handed)
         self.client.flush(FLUSH_S)

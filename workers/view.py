@@ -209,7 +209,7 @@ def render(status: Status, rates: Mapping[str, float], eta: float | None, now: f
             Text(name),
             Text(str(worker.get("state", ""))),
             duration(now - since) if since else "",
-            str(worker.get("version", "")) if worker.get("role") in ("generator", "learner") else "",
+            "" if (version := worker.get("version")) is None else str(version),
             f"{rates[name]:,.0f}" if name in rates else "",
         )
     left = "done" if status.done else f"about {duration(eta)} left" if eta is not None else ""

@@ -77,6 +77,7 @@ class Generator(Worker):
     def __init__(self, address: str, name: str, over: threading.Event, *, delay_s: float, tokens: int) -> None:
         super().__init__(address, "generator", name, over)
         self.delay_s, self.size = delay_s, tokens
+        self.client.status("decodes", version=0)
 
     def answer(self, message: m.Message) -> None:
         if not isinstance(message, m.Ticket):
