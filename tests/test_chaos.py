@@ -23,7 +23,9 @@ from engine.weights import Publisher
 from protocols.codec import decode, encode
 from protocols.link import Client, Received, Server
 from protocols.messages import BOOL, FLOAT, INT, Ack, Announce, Batch, Hello, Message, Plan, PlanRequest, Pull
-from tools.faults.drill import possible
+from tools.faults.campaign import Campaign
+from tools.faults.drill import Fault, Outcome, Severed, possible
+from tools.faults.result import Result, Run, Settings, read, write
 from workers.learner import Learner
 from workers.restarts import Again, GivenUp, Patience, Restarts
 from workers.run_folder import being_written
@@ -69,6 +71,26 @@ def test_every_fault_comes_once_and_the_ranks_stand_for_their_learner() -> None:
     ]  # fmt: skip
     assert {f.stop_s for f in faults if f.kind == "stop"} == {5.0}
     assert {f.role for f in faults} == {"buffer", "generator", "learner rank", "reward"}
+
+
+def test_a_campaign_that_was_stopped_goes_on_with_the_run_that_was_not_checked(tmp_path: Path) -> None:
+    settings = Settings(
+        config=str(CONFIG), overrides=[], out=tmp_path / "runs", kills=5, power_cuts=2, seed=3, recover_s=1.0, limit_s=1.0,
+        pause_s=0.0, stops_s=[5.0], cuts=2,
+    )  # fmt: skip
+    severed = Severed(held=2, reissued=8, steps=3, step=7, current_s=1.5, connects=1, refused=8)
+    faults = [Fault("kill", "buffer"), Fault("stop", "reward-0", 5.0), Fault("power", "everything")]
+    outcomes = [Outcome("chaos-3-1", fault, 4, back_s=1.0, step_s=2.0) for fault in faults]
+    outcomes.append(Outcome("chaos-3-2", Fault("cut", "generator-far", 30.0), 4, severed=severed))
+    runs = [Run("chaos-3-1", 80, 0, 9.0, checked=True), Run("chaos-3-2", 0, None, 0.0)]
+    write(tmp_path / "chaos.json", settings, Result(outcomes, runs), seconds=11.0)
+    known, earlier = read(tmp_path / "chaos.json")
+    assert (known, earlier) == (settings, Result(outcomes, runs))
+    campaign = Campaign(known, print, tell=lambda: None, earlier=earlier)
+    assert (campaign.kills_left, campaign.power_left, campaign.cuts_left) == (3, 1, 1)
+    assert campaign.next_name() == "chaos-3-2"
+    runs[1].checked = True
+    assert Campaign(known, print, tell=lambda: None, earlier=Result(outcomes, runs)).next_name() == "chaos-3-3"
 
 
 # --- what faults have brought to light -----------------------------------------------------------------------------------

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-from msgspec import Struct
 
 from engine.config import Config, load_config
 from tools.faults.drill import LOOK_S, Drill, Fault, Outcome, possible
+from tools.faults.far import FAR, LISTEN, Far, joined
+from tools.faults.network import Network
 from tools.faults.observer import Observer
 from tools.faults.processes import alive, cut_power, gone, roles_of, send, tree
+from tools.faults.result import Result, Run, Settings
 from workers.audit import audit
 
 Then = Literal["resume", "finish", "abandon"]
@@ -29,80 +31,67 @@ END_S = 60.0
 """How long a launcher that was told to end may take."""
 
 
-class Settings(Struct, frozen=True):
-    config: str
-    overrides: list[str]
-    out: Path
-    kills: int
-    power_cuts: int
-    seed: int
-    recover_s: float
-    limit_s: float
-    pause_s: float
-    stops_s: list[float]
-
-
-class Run(Struct):
-    """One run's end: the launcher's exit code, what the audit counted, and whether its weights were reproduced."""
-
-    name: str
-    steps: int
-    code: int | None
-    seconds: float
-    checks: dict[str, str] = {}
-    verified: str = ""
-    violations: list[str] = []
-
-
-class Result(Struct):
-    outcomes: list[Outcome] = []
-    runs: list[Run] = []
-    unmade: int = 0
-
-    @property
-    def violations(self) -> list[str]:
-        faults = [
-            f"{o.run} step {o.step}, {o.fault.kind} {o.fault.target}: {text}"
-            for o in self.outcomes
-            for text in o.violations
-        ]
-        return faults + [f"{run.name}: {text}" for run in self.runs for text in run.violations]
-
-
 class Campaign:
     """`run()` makes the faults; it ends in `limit_s` at the latest, and leaves no process behind."""
 
-    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
-        self.settings, self.say = settings, say
+    def __init__(
+        self,
+        settings: Settings,
+        say: Callable[[str], None],
+        *,
+        tell: Callable[[], None],
+        network: Network | None = None,
+        earlier: Result | None = None,
+    ) -> None:
+        """`tell` is called whenever `result` has got longer. `network` is what cuts need. `earlier` is how far the campaign
+        had got when it was stopped: its faults count, and its last run goes on if it was not checked yet."""
+        self.settings, self.say, self.tell, self.network = settings, say, tell, network
         self.chance = random.Random(settings.seed)
         self.deadline = time.monotonic() + settings.limit_s
-        self.result = Result(outcomes=[], runs=[])
+        self.result = earlier or Result(outcomes=[], runs=[])
         self.faults: list[Fault] = []
         self.base = load_config(settings.config, settings.overrides)
-        self.cuts_left, self.kills_left = settings.power_cuts, settings.kills
+        kinds = [outcome.fault.kind for outcome in self.result.outcomes]
+        self.power_left = max(0, settings.power_cuts - kinds.count("power"))
+        self.cuts_left = max(0, settings.cuts - kinds.count("cut"))
+        self.kills_left = max(0, settings.kills - kinds.count("kill") - kinds.count("stop"))
+
+    @property
+    def left(self) -> int:
+        """Faults that are still to be made."""
+        return self.kills_left + self.cuts_left + self.power_left
 
     def run(self) -> Result:
-        number = 0
-        while (self.kills_left or self.cuts_left) and time.monotonic() < self.deadline:
-            number += 1
-            name = f"{self.base.name}-{self.settings.seed}-{number}"
-            made = len(self.result.outcomes)
-            self._one_run(name)
-            if len(self.result.outcomes) == made:
+        while (self.left or self._unchecked()) and time.monotonic() < self.deadline:
+            made, before = len(self.result.outcomes), self.left
+            self._one_run(self.next_name())
+            if before and len(self.result.outcomes) == made:
                 self.result.runs[-1].violations.append("the run ended before anything could be done to it")
                 break
-        self.result.unmade = self.kills_left + self.cuts_left
+        self.result.unmade = self.left
         return self.result
 
+    def next_name(self) -> str:
+        """Of the run that is to be made, or to be gone on with."""
+        number = len(self.result.runs) + (not self._unchecked())
+        return f"{self.base.name}-{self.settings.seed}-{number}"
+
+    def _unchecked(self) -> bool:
+        """Whether the last run is one that an earlier campaign was stopped in."""
+        return bool(self.result.runs) and not self.result.runs[-1].checked
+
     def _one_run(self, name: str) -> None:
-        overrides = [*self.settings.overrides, f'runs="{self.settings.out}"', f'name="{name}"']
+        listen = [LISTEN] if self.network is not None else []
+        overrides = [*self.settings.overrides, *listen, f'runs="{self.settings.out}"', f'name="{name}"']
         config, began = load_config(self.settings.config, overrides), time.monotonic()
+        if self._unchecked():
+            self.result.runs.pop()
         run, observer = Run(name, 0, None, 0.0, checks={}, violations=[]), Observer(config.run_dir)
         self.result.runs.append(run)
         then: Then = "resume"
         while then == "resume":
-            with self._launched(config, overrides, run) as launcher:
-                then = self._faults_of(config, launcher, observer, run)
+            with self._launched(config, overrides, run) as launcher, self._far(config, overrides, launcher) as far:
+                then = self._faults_of(config, launcher, observer, run, far)
                 if then == "finish":
                     run.code = self._to_its_end(launcher)
         observer.close()
@@ -112,23 +101,35 @@ class Campaign:
         if run.code != 0:
             how = "was ended for want of time" if run.code is None else f"launch ended with exit code {run.code}"
             run.violations.append(f"{how}, see {self._output(config)}")
+        run.checked = True
+        self.tell()
 
-    def _faults_of(self, config: Config, launcher: subprocess.Popen[bytes], observer: Observer, run: Run) -> Then:
+    @contextmanager
+    def _far(self, config: Config, overrides: list[str], launcher: subprocess.Popen[bytes]) -> Iterator[Far | None]:
+        """The generator that can be cut off, while this launch lasts; None where no network is to be cut."""
+        if self.network is None:
+            yield None
+            return
+        process = psutil.Process(launcher.pid)
+        with joined(self.network, config, overrides, process, lambda: launcher.poll() is not None) as far:
+            yield far
+
+    def _faults_of(
+        self, config: Config, launcher: subprocess.Popen[bytes], observer: Observer, run: Run, far: Far | None
+    ) -> Then:
         """Makes faults until the run nears its end or none is left; what is to be done with the run then."""
 
         def over() -> bool:
             return launcher.poll() is not None or observer.step() >= config.steps
 
         process = psutil.Process(launcher.pid)
-        drill = Drill(process, observer, over, recover_s=self.settings.recover_s)
-        while (self.kills_left or self.cuts_left) and self._progressed(drill, config):
-            if self.cuts_left and self.chance.random() < self.cuts_left / (self.cuts_left + self.kills_left):
-                self.cuts_left -= 1
-                self._cut(process, observer, run)
+        drill = Drill(process, observer, over, recover_s=self.settings.recover_s, far=far)
+        while self.left and self._progressed(drill, config):
+            if self.power_left and self.chance.random() < self.power_left / self.left:
+                self.power_left -= 1
+                self._cut_power(process, observer, run)
                 return "resume"
-            self.kills_left -= 1
-            fault = self._next_fault(process)
-            outcome = drill.run(fault)
+            outcome = drill.run(self._next_fault(process))
             self._keep(outcome)
             if any(text.startswith("waited") for text in outcome.violations):
                 return "abandon"
@@ -140,8 +141,8 @@ class Campaign:
     def _progressed(self, drill: Drill, config: Config) -> bool:
         """Waits for two more steps and a random while; False when too little of the run is left, or too little time."""
         observer, deadline = drill.observer, time.monotonic() + drill.recover_s
-        first = observer.step()
-        while observer.step() < first + 2 or not self._all_there(config, drill.launcher):
+        first, began = observer.step(), time.time()
+        while observer.step() < first + 2 or not self._all_there(config, drill, began):
             self._see_cut_through(observer)
             if drill.over() or time.monotonic() > min(deadline, self.deadline):
                 return False
@@ -152,19 +153,26 @@ class Campaign:
             time.sleep(LOOK_S / 2)
         return not drill.over() and observer.step() < config.steps - max(5, config.steps // 10)
 
-    def _all_there(self, config: Config, launcher: psutil.Process) -> bool:
+    def _all_there(self, config: Config, drill: Drill, since: float) -> bool:
+        """The launcher has every role, and the far generator, if there is one, has done work since then."""
         ranks = config.learner.ranks if config.learner.ranks > 1 else 0
         generators = config.generator.count if config.generator is not None else 0
-        return len(roles_of(launcher)) == 2 + ranks + generators + config.reward.count
+        if drill.far is not None and drill.observer.worked_after(FAR, since) is None:
+            return False
+        return len(roles_of(drill.launcher)) == 2 + ranks + generators + config.reward.count
 
     def _next_fault(self, launcher: psutil.Process) -> Fault:
+        if self.cuts_left and self.chance.random() < self.cuts_left / (self.cuts_left + self.kills_left):
+            self.cuts_left -= 1
+            return Fault("cut", FAR, self.settings.cut_s)
+        self.kills_left -= 1
         if not self.faults:
             self.faults = possible(sorted(roles_of(launcher)), self.settings.stops_s, self.chance)
         return self.faults.pop()
 
     # --- power cuts --------------------------------------------------------------------------------------------------
 
-    def _cut(self, launcher: psutil.Process, observer: Observer, run: Run) -> None:
+    def _cut_power(self, launcher: psutil.Process, observer: Observer, run: Run) -> None:
         """Kills everything, or every other time the launcher alone, whose roles are to end by themselves meanwhile."""
         target = ("everything", "launcher")[sum(o.fault.kind == "power" for o in self.result.outcomes) % 2]
         outcome = Outcome(run.name, Fault("power", target), observer.step(), violations=[])
@@ -174,6 +182,7 @@ class Campaign:
         else:
             outcome.violations += [f"pid {process.pid} survived SIGKILL" for process in cut_power(launcher)]
         self.result.outcomes.append(outcome)
+        self.tell()
 
     def _cut_outcome(self, run: Run) -> Outcome | None:
         last = self.result.outcomes[-1] if self.result.outcomes else None
@@ -196,13 +205,7 @@ class Campaign:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         options = [part for override in overrides for part in ("--set", override)]
         command = [
-            sys.executable,
-            "-m",
-            "workers.cli",
-            "launch",
-            self.settings.config,
-            "--no-view",
-            "--resume",
+            *(sys.executable, "-m", "workers.cli", "launch", self.settings.config, "--no-view", "--resume"),
             *options,
         ]
         with self._output(config).open("ab") as output:
@@ -265,16 +268,23 @@ class Campaign:
     def _keep(self, outcome: Outcome) -> None:
         self.result.outcomes.append(outcome)
         self._tell(outcome)
+        self.tell()
 
     def _tell(self, outcome: Outcome) -> None:
         made = len(self.result.outcomes)
         back, step = (f"{s:.1f} s" if s is not None else "-" for s in (outcome.back_s, outcome.step_s))
         tokens = f", {outcome.tokens:.0f} tokens meanwhile" if outcome.tokens is not None else ""
-        stopped = f" for {outcome.fault.stop_s:.0f} s" if outcome.fault.kind == "stop" else ""
+        stopped = f" for {outcome.fault.stop_s:.0f} s" if outcome.fault.kind in ("stop", "cut") else ""
         self.say(
             f"{made:3d}  {outcome.run} step {outcome.step}: {outcome.fault.kind} {outcome.fault.target}{stopped}: works after "
             f"{back}, next step after {step}{tokens}"
         )
+        if (severed := outcome.severed) is not None:
+            current = f"{severed.current_s:.1f} s" if severed.current_s is not None else "-"
+            self.say(
+                f"     held {severed.held} tickets; {severed.steps} steps and {severed.reissued} samples issued anew meanwhile; "
+                f"{severed.refused} late results refused; current weights after {current} by {severed.connects} connections"
+            )
         for text in outcome.violations:
             self.say(f"     VIOLATION {text}")
 

@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from msgspec import Struct
+
 from protocols.link import Client, LinkError
 from protocols.log import Log, LogError
 from protocols.messages import Hello, Status, StatusRequest
@@ -52,6 +54,13 @@ class Observer:
                 work = "SELECT min(committed_at) FROM steps WHERE ?2 != '' AND started_at > ?1"
         return self._first(work, since, name)
 
+    def refused_after(self, name: str, since: float) -> int:
+        """How many late results of this worker the buffer has refused since then: by their fence, or because their group has
+        been decided without them."""
+        late = "(detail LIKE '%: fence % is not the current one %' OR detail LIKE '% is not outstanding')"
+        sql = f"SELECT count(*) FROM events WHERE kind = 'refused' AND worker = ? AND at > ? AND {late}"
+        return int(self._first(sql, name, since) or 0)
+
     def status(self) -> Status | None:
         """The buffer's answer; None when it does not give one in time."""
         address = self.run_dir / "address"
@@ -79,6 +88,27 @@ def generated(status: Status | None) -> dict[str, float]:
     """Tokens that each generator has sampled, by name."""
     workers = status.workers if status is not None else []
     return {w["name"]: w.get("counters", {}).get(GENERATED, 0.0) for w in workers if w["role"] == "generator"}
+
+
+class Seen(Struct, frozen=True):
+    """A generator as the buffer last heard of it: tickets in hand, version of its weights, connections to learners; and
+    what the buffer itself says: samples issued anew so far, committed step."""
+
+    held: int = 0
+    version: int | None = None
+    connects: int = 0
+    reissued: int = 0
+    step: int = 0
+
+
+def seen(status: Status | None, name: str) -> Seen:
+    """All 0 and None when nothing is known."""
+    if status is None:
+        return Seen()
+    worker = next((w for w in status.workers if w["name"] == name), {})
+    connects = int(worker.get("counters", {}).get("connects", 0))
+    reissued = int(status.ledger.get("total_reissued", 0))
+    return Seen(len(worker.get("held", [])), worker.get("version"), connects, reissued, status.step)
 
 
 def held_back(status: Status | None) -> bool:
