@@ -58,6 +58,7 @@ class Simulation:
         self._scorers = {f"reward-{i}": [0.0] * costs.reward.scorers for i in range(costs.reward.workers)}
         for name, generator in self._generators.items():
             self.ledger.joined(name, "generator", capacity(generator.cost.slots))
+            self.ledger.alive(name, [], 0.0, version=0)  # every generator has the first weights when the clock starts
         for name in self._scorers:
             self.ledger.joined(name, "reward", costs.reward.scorers * costs.reward.tasks_per_scorer)
 
