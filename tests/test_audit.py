@@ -87,7 +87,7 @@ def test_a_run_of_every_fate_is_found_right(run: Path) -> None:
         ("responses", "UPDATE rollouts SET versions = '[[0,1]]' WHERE id = 3", "do not come to the same"),
         ("fences", "UPDATE rollouts SET fence = 0 WHERE id = 2", "fence 0 was never given out"),
         ("fences", f"UPDATE rollouts SET fence = {2 * FENCES_PER_START + 1} WHERE id = 2", "was never given out"),
-        ("fences", f"UPDATE rollouts SET fence = {FENCES_PER_START + 1} WHERE id = 2", "is of start 2 of the buffer, taken by start 1"),
+        ("fences", f"UPDATE rollouts SET fence = {FENCES_PER_START + 1} WHERE id = 2", "is of start 1 of the buffer, taken by start 2"),
         ("fences", "UPDATE rollouts SET worker = 'nobody' WHERE id = 2", "made by nobody, which never joined"),
         ("versions", f"""UPDATE rollouts SET versions = '[[2,' || response_tokens || ']]', version_min = 2, version_max = 2
             WHERE group_id = {TRAINED} AND sample = 0""", "tokens of version 2, and step 2 trains it"),
