@@ -110,6 +110,7 @@ def test_a_run_whose_clock_jumps_loses_no_lease_no_worker_and_no_time(tmp_path: 
         joins = [*CLI, "generator", str(path), "--join", address, "--name", "elsewhere"]
         far = subprocess.Popen(joins, cwd=ROOT, stdout=out, stderr=out, env=moved_by(library, elsewhere))
         until("a response from elsewhere", lambda: query(run_dir, "SELECT 1 FROM rollouts WHERE worker = 'elsewhere'"))
+        until("two steps", lambda: step() >= 2)  # a jump shows between steps
         for jump in (HOUR, -HOUR):
             move(clock, jump)
             wanted = step() + 3
