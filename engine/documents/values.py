@@ -31,23 +31,23 @@ def normal(field: str, value: str) -> str:
     """The normal form of a field's value: two values are the same exactly when their normal forms are. A date as
     "2018-03-29" and an amount as "7.1"; what cannot be read as one, and all else, as `alphanumeric` text. Empty for a
     value without a letter or digit."""
-    reading = None
-    match kind_of(field):
-        case "date":
-            reading = read_date(value)
-        case "amount":
-            reading = read_amount(value)
+    reading = _reading(field, value)
     return alphanumeric(value) if reading is None else reading
 
 
 def reads_as(field: str, value: str) -> bool:
     """Whether a value is of its field's kind: a date, an amount, or any text."""
+    return kind_of(field) == "text" or _reading(field, value) is not None
+
+
+def _reading(field: str, value: str) -> str | None:
+    """The date or the amount in its normal form; None for text, and where a value is not of its field's kind."""
     match kind_of(field):
         case "date":
-            return read_date(value) is not None
+            return read_date(value)
         case "amount":
-            return read_amount(value) is not None
-    return True
+            return read_amount(value)
+    return None
 
 
 def alphanumeric(text: str) -> str:
