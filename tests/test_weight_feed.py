@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -29,6 +31,18 @@ def feed() -> Iterator[WeightFeed]:
     feed.close()
 
 
+@contextmanager
+def nobody() -> Iterator[Announce]:
+    """Bound and not listening, so that nobody else gets the port."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield Announce(*bound.getsockname())
+
+
+def attempts() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "weights-connect"]
+
+
 def first_version(feed: WeightFeed, timeout_s: float) -> int | None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -40,12 +54,23 @@ def first_version(feed: WeightFeed, timeout_s: float) -> int | None:
 
 
 def test_a_new_learner_does_not_wait_for_the_attempt_at_one_that_is_gone(learner: Publisher, feed: WeightFeed) -> None:
-    with socket.socket() as nobody:  # bound and not listening: an attempt lasts until its timeout of 30 s
-        nobody.bind(("127.0.0.1", 0))
-        feed.connect(Announce(*nobody.getsockname()))
+    with nobody() as gone:
+        feed.connect(gone)
         assert first_version(feed, 1.0) is None
         feed.connect(Announce(*learner.address))
         assert first_version(feed, 10.0) == 7
+
+
+def test_leaving_calls_off_the_attempt_under_way(feed: WeightFeed) -> None:
+    with nobody() as gone:
+        feed.connect(gone)
+        assert first_version(feed, 0.5) is None
+        assert attempts()
+        feed.close()
+        deadline = time.monotonic() + 10.0
+        while attempts():
+            assert time.monotonic() < deadline, "it lasts until its timeout of 30 s"
+            time.sleep(0.05)
 
 
 def test_hearing_of_the_same_learner_again_changes_nothing(learner: Publisher, feed: WeightFeed) -> None:

@@ -43,6 +43,7 @@ DEADLINES = [
     Wait("protocols.link_client.GOODBYE_S", 1, "a worker that closes, for its goodbye to leave", "closes without"),
     Wait("protocols.log_schema.BUSY_S", 30, "SQLite, for another process's lock on the log", "an error"),
     # --- weights ---
+    Wait("engine.weights.control.PROBE_S", 5, "a generator, for the learner's port to take a connection", "tries again"),
     Wait("engine.weights.gate.HANDSHAKE_S", 10, "the gate, for a generator's token", "cut off"),
     Wait("engine.weights.publisher.GRACE_S", 2, "the learner, beyond peer_timeout_s, for a broadcast to move or to end", "an error"),
     Wait("workers.weight_feed.LEARNER_TIMEOUT_S", 1800, "a generator, without any learner", "exit code 1"),
@@ -89,6 +90,7 @@ PAUSES = [
     Wait("protocols.link_server.RETRY_S", 0.01, "the link's server, between attempts at a full socket", "tries again"),
     Wait("protocols.link_thread.CONFIRM_S", 0.05, "the link's client, until it confirms what came", "confirms"),
     Wait("protocols.link_thread.BACKOFF_S", 5, "the link's client, between attempts to reach the buffer, at most", "dials"),
+    Wait("engine.weights.control.RETRY_S", 0.2, "a generator, between tries at the learner's port", "tries, up to peer_timeout_s"),
     Wait("engine.weights.publisher.IDLE_POLL_S", 0.02, "the publisher, between looks at its inbox", "looks"),
     Wait("engine.weights.publisher.BUSY_POLL_S", 0.0003, "the same while members are expected to answer", "looks"),
     Wait("engine.weights.transport.POLL_S", 0.0005, "between looks whether NCCL is done", "looks"),

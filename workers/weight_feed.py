@@ -50,6 +50,7 @@ class WeightFeed:
         self._where: Announce | None = None
         self._subscriber: Subscriber | None = None
         self._connecting: Announce | None = None
+        self._given_up = threading.Event()  # of the attempt under way
         self._made: queue.SimpleQueue[tuple[Announce, Subscriber | ConnectionError]] = queue.SimpleQueue()
         self._version = -1
         self._alone_since = time.monotonic()
@@ -121,14 +122,16 @@ class WeightFeed:
             raise LearnerLost(
                 f"no learner for {alone_s:.0f} s (limit {self._learner_timeout_s:.0f} s): {self._trouble}"
             )
-        # An attempt at a learner that is gone may last as long as its timeout; a new one does not wait for it.
         if self._where is not None and self._connecting != self._where:
-            self._connecting = self._where
-            threading.Thread(target=self._connect, args=[self._where], name="weights-connect", daemon=True).start()
+            self._given_up.set()  # the attempt at a learner that is gone; a new one does not wait for its end
+            self._connecting, self._given_up = self._where, threading.Event()
+            attempt = [self._where, self._given_up]
+            threading.Thread(target=self._connect, args=attempt, name="weights-connect", daemon=True).start()
         return None
 
     def close(self) -> None:
         """Leave; waits a bounded time for the learner to be told, and for an update that is being prepared."""
+        self._given_up.set()
         subscriber, self._subscriber = self._subscriber, None
         if subscriber is not None:
             leaving = self._close_aside(subscriber)
@@ -136,7 +139,7 @@ class WeightFeed:
         if self._preparing is not None:
             self._preparing.join(5.0)
 
-    def _connect(self, where: Announce) -> None:
+    def _connect(self, where: Announce, given_up: threading.Event) -> None:
         try:
             made: Subscriber | ConnectionError = Subscriber(
                 where.host,
@@ -145,6 +148,7 @@ class WeightFeed:
                 device=self._device,
                 timeout_s=self._peer_timeout_s,
                 token=where.token,
+                given_up=given_up,
             )
         except ConnectionError as error:
             made = error

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
+import time
 from datetime import timedelta
 
 import msgspec
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 INBOX = "inbox"
 FOREVER = timedelta(days=365)
 """Blocking reads do not use the store's timeout: each expiry writes a warning to stderr. Liveness is told by beats."""
+PROBE_S, RETRY_S = 5.0, 0.2
+"""One attempt at a connection, and the pause after one that was refused."""
 
 
 class Join(Struct, frozen=True, tag="join"):
@@ -145,6 +149,23 @@ def open_store(host: str, port: int, timeout_s: float) -> TCPStore:
         return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
     except RuntimeError as error:
         raise ConnectionError(f"weights store at {host}:{port}: no answer within {timeout_s} s") from error
+
+
+def await_listener(host: str, port: int, timeout_s: float, given_up: threading.Event) -> None:
+    """Return once somebody listens at `host:port`. Raises `ConnectionError` after `timeout_s`, and soon after `given_up`
+    is set: an attempt of torch's own cannot be called off, and aborts a process that ends meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, min(PROBE_S, deadline - time.monotonic()))).close()
+            return
+        except OSError as error:
+            if given_up.wait(RETRY_S):
+                raise ConnectionError(f"weights store at {host}:{port}: given up") from error
+            if time.monotonic() > deadline:
+                raise ConnectionError(
+                    f"weights store at {host}:{port}: no answer within {timeout_s} s: {error}"
+                ) from error
 
 
 def local_address(host: str, port: int) -> str:

@@ -58,16 +58,19 @@ class Subscriber:
         device: str = "cpu",
         timeout_s: float = 60.0,
         token: str = "",
+        given_up: threading.Event | None = None,
         connect: Connect = connect,
     ) -> None:
-        """Join the publisher at `host:port`, which may ask for a `token`.
+        """Join the publisher at `host:port`, which may ask for a `token`. Whoever sets `given_up` calls the attempt off.
 
         `device` is where updates lie: "cpu" receives over gloo, "cuda" over
-        NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`."""
+        NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`, or once it is called off."""
         self._host, self._port, self._name, self._timeout_s = host, port, name, timeout_s
         self._device, self._connect = torch.device(device), connect
+        deadline = time.monotonic() + timeout_s
+        control.await_listener(host, port, timeout_s, given_up or threading.Event())
         self._passage = open_passage(host, port, token) if token else None
-        self._store = self._open_store()
+        self._store = self._open_store(max(1.0, deadline - time.monotonic()))
         self._beat_store = self._store.clone()
         self._address = control.local_address(host, port)
         self._shelf = Shelf(self._device)
@@ -156,11 +159,11 @@ class Subscriber:
     def __str__(self) -> str:
         return f"weights of {self._host}:{self._port} for {self._name}"
 
-    def _open_store(self) -> TCPStore:
+    def _open_store(self, timeout_s: float) -> TCPStore:
         if self._passage is None:
-            return control.open_store(self._host, self._port, self._timeout_s)
+            return control.open_store(self._host, self._port, timeout_s)
         try:
-            return control.open_store(LOCAL, self._passage.port, self._timeout_s)
+            return control.open_store(LOCAL, self._passage.port, timeout_s)
         except ConnectionError as error:
             self._passage.close()
             why = "it refused the token" if self._passage.denied else "no answer"
