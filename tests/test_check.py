@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.config import Config, ConfigError, NewModel, dump_config, load_config, parse_config
 from engine.models import create_model, hidden_states, load_model
 from engine.packed_attention import PackedAttention
-from workers.check import check, effective, notes, problems, refuse
+from workers.check import check, notes, problems, refuse
+from workers.effective import effective
 from workers.memory import activation_bytes, memory
 from workers.model_shape import model_shape
 
