@@ -32,7 +32,7 @@ STAMPS = {
     "workers/buffer.py": (1, "when a worker left, for people"),
     "workers/cli.py": (2, "what `headrace status` shows durations against"),
     "workers/intake.py": (3, "when a group came in"),
-    "workers/launch.py": (
+    "workers/launch_run.py": (
         1,
         "which of the log's rows are a role's since its start; it decides about attempts, not when",
     ),

@@ -23,7 +23,9 @@ FAKE = ROOT / "tests" / "fake_roles.py"
 DRIVER = """
 import sys
 from engine.config import ConfigError
-from workers.launch import LaunchError, Patience, launch
+from workers.launch import launch
+from workers.launch_errors import LaunchError
+from workers.restarts import Patience
 patience = Patience(backoff_s=0.1, attempts=2, address_s=20.0, leave_s=1.0, term_s=1.0)
 try:
     sys.exit(launch(sys.argv[1], sys.argv[3:], resume=sys.argv[2] == "resume", live=False,
