@@ -48,14 +48,13 @@ from protocols.messages import Sampling
 
 __all__ = [
     "AnyTask", "BufferConfig", "CollectObjective", "Config", "ConfigError", "CriticConfig", "DapoObjective",
-    "DecoupledCorrection", "DeepSpeedBackend", "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore", "Extract",
-    "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig", "LengthAdaptive", "LevelOff", "LogTask",
-    "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PagesTask", "PathModel", "Placement",
-    "PpoObjective",
-    "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section", "SftObjective", "SglangEngine", "Task",
-    "TorchBackend", "TorchEngine", "TruncatedCorrection", "UtelModel", "UtelObjective", "UtelTagObjective", "VapoObjective",
-    "VcppoObjective", "VllmEngine", "apply_override", "dump_config", "load_config", "parse_config", "policy_folder",
-    "start_folder",
+    "DecoupledCorrection", "DeepSpeedBackend", "DocumentScore", "DocumentsTask", "EvalConfig", "ExactScore",
+    "Extract", "GeneratorConfig", "IcepopCorrection", "JsonlTask", "LearnerConfig", "LengthAdaptive", "LevelOff",
+    "LogTask", "MathVerifyScore", "NewModel", "NoCorrection", "Objective", "Overlong", "PagesTask", "PathModel",
+    "Placement", "PpoObjective", "PythonScore", "ReasoningGymScore", "ReasoningGymTask", "RewardConfig", "Section",
+    "SftObjective", "SglangEngine", "Task", "TorchBackend", "TorchEngine", "TruncatedCorrection", "UtelModel",
+    "UtelObjective", "UtelTagObjective", "VapoObjective", "VcppoObjective", "VllmEngine", "apply_override",
+    "dump_config", "load_config", "parse_config",
 ]  # fmt: skip
 
 
@@ -300,23 +299,3 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not isinstance(place, dict):
         raise ConfigError(f"--set {override!r}: {'.'.join(path)} is not a section")
     place[last] = value
-
-
-def policy_folder(config: Config) -> Path:
-    """The Hugging Face folder that step 0 of this run starts from. Raises `ConfigError` when the cold start has not run."""
-    if isinstance(config.model, UtelModel):
-        return config.run_dir / "model"
-    return start_folder(config) or config.run_dir / "model"
-
-
-def start_folder(config: Config) -> Path | None:
-    """The folder that the model is taken from; None for fresh weights. Raises `ConfigError` when the cold start has not run."""
-    if config.cold_start:
-        first = load_config(config.cold_start)
-        checkpoints = sorted((first.run_dir / "checkpoints").glob("step-*[0-9]"))
-        if not checkpoints:
-            raise ConfigError(
-                f"{config.source}: cold_start: no checkpoint in {first.run_dir}; run `headrace launch {config.cold_start}` first"
-            )
-        return checkpoints[-1]
-    return None if isinstance(config.model, NewModel) or config.model.path is None else Path(config.model.path)

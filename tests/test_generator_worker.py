@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from engine.attention import NAME
-from engine.config import Config, NewModel, parse_config, policy_folder
+from engine.config import Config, NewModel, parse_config
 from engine.models import create_model, load_model, named_weights
+from engine.start_folder import policy_folder
 from engine.text import TextModel
 from engine.weights import Publisher
 from protocols.link import Joined, Left, Received, Server

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from test_elastic import CLI, ROOT, configure, query, until
 
-from engine.config import load_config, policy_folder
+from engine.config import load_config
 from engine.models import load_model, named_weights
+from engine.start_folder import policy_folder
 from engine.weights import Publisher
 from protocols.link import Client
 from protocols.messages import Announce, Hello, Status

@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 
 from engine.adopt_weights import WeightsRefused
-from engine.config import Config, ConfigError, SglangEngine, TorchEngine, VllmEngine, policy_folder
+from engine.config import Config, ConfigError, SglangEngine, TorchEngine, VllmEngine
 from engine.devices import resolve_device
 from engine.generate_engine import EngineGenerator
 from engine.generate_requests import EngineLost
@@ -27,6 +27,7 @@ from engine.generate_sglang import start_sglang
 from engine.generate_torch import TicketRefused, TorchGenerator
 from engine.generate_vllm import start_vllm
 from engine.models import load_model
+from engine.start_folder import policy_folder
 from engine.text import TextModel
 from engine.weights import Update
 from protocols.link import Client, KeysError, LinkError, LinkRefused, LinkTimeout

@@ -9,10 +9,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from engine.config import Config, ConfigError, SftObjective, policy_folder
+from engine.config import Config, ConfigError, SftObjective
 from engine.documents.page_rows import PageText
 from engine.documents.readings import Reading
 from engine.rows import prompt_text
+from engine.start_folder import policy_folder
 from engine.stored import StoredGroup, check_vocabulary
 from engine.tasks import LogSource, Row, Source, page_tasks, prompt_tasks
 from engine.text import TextModel

@@ -13,7 +13,8 @@ from typing import Any, Self
 import msgspec
 from msgspec import Struct
 
-from engine.config import Config, ConfigError, PathModel, apply_override, parse_config, policy_folder
+from engine.config import Config, ConfigError, PathModel, apply_override, parse_config
+from engine.start_folder import policy_folder
 from protocols.log import Log, LogError
 from workers.contradictions import errors
 from workers.start import weights_digest

@@ -11,7 +11,8 @@ import time
 
 import msgspec
 
-from engine.config import Config, ConfigError, dump_config, policy_folder
+from engine.config import Config, ConfigError, dump_config
+from engine.start_folder import policy_folder
 from protocols import messages as m
 from protocols.ledger import Decided, Issue, Ledger, Pace, Score
 from protocols.log import GroupRow, Log

@@ -28,7 +28,7 @@ from engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from engine.config import Config, ConfigError, PpoObjective, dump_config, policy_folder
+from engine.config import Config, ConfigError, PpoObjective, dump_config
 from engine.critic import load_critic
 from engine.gathered import Gathered
 from engine.learn_pages import PageLearner
@@ -36,6 +36,7 @@ from engine.learn_torch import TorchLearner
 from engine.models import bare_model, load_model
 from engine.packing import assign
 from engine.rank_versions import check_same_versions
+from engine.start_folder import policy_folder
 from engine.trained_model import Ranks
 from engine.weights import fingerprint, weights_hash
 from protocols import messages as m

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.config import Config, ConfigError, UtelModel, UtelObjective, UtelTagObjective, start_folder
+from engine.config import Config, ConfigError, UtelModel, UtelObjective, UtelTagObjective
 from engine.documents.page_rows import page_in
+from engine.start_folder import start_folder
 from engine.tasks import Source, page_tasks
 from engine.utel.folder import from_bert, load_utel, read_config, save_folder
 from engine.utel.model import Utel

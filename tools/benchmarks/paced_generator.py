@@ -26,8 +26,9 @@ import typer
 from msgspec import Struct
 from torch import Tensor
 
-from engine.config import ConfigError, load_config, policy_folder
+from engine.config import ConfigError, load_config
 from engine.generate_torch import TorchGenerator
+from engine.start_folder import policy_folder
 from engine.text import TextModel
 from protocols.link import Client
 from protocols.messages import FLOAT, INT, HandBack, Held, Hello, Partial, Rollout, Ticket
