@@ -7,9 +7,15 @@ stream goes on. Per run, after a warm-up:
     messages        that the buffer took from workers, a second (its log's rollouts and grades, and steps)
     cpu             share of one core that the buffer's process used
     saturates at    generators at which that share would be 1: the count here / share, as long as cost is proportional
+    us a message    of CPU time in the buffer's process
     ack p99         from `send` of a response until it is acknowledged, so it is durable
 
+The clients of one machine cannot fill a buffer's core. With `--share 0.1` the buffer may run for a tenth of the time only
+(it is stopped for the rest of every period), so that they can: what such a buffer takes without a pause is what saturates it,
+and a message's cost there, against that of an idle buffer, says whether a whole core can be reckoned from it.
+
     python -m tools.benchmarks.swarm --repeats 3 --json swarm.json
+    python -m tools.benchmarks.swarm --delay 0 --share 0.1
 """
 
 from __future__ import annotations
@@ -51,6 +57,9 @@ learner = { lr = 1e-6 }
 """
 CAPACITY = 16
 TIMEOUT_S = 60.0
+WARM_UP_S = 3.0
+PERIOD_S = 0.1
+"""Of a buffer with a share: short against a heartbeat, long against a turn of its loop."""
 
 Row = dict[str, float | str]
 
@@ -118,8 +127,40 @@ class Learner(Worker):
             self.client.send(m.PlanRequest(message.step + 1))
 
 
-def run(folder: Path, name: str, *, generators: int, rewards: int, seconds: float, delay_s: float, tokens: int) -> Row:
-    """One run with a buffer of its own."""
+class Throttle(threading.Thread):
+    """Lets a process run for `share` of the time, from `start` to `stop`."""
+
+    def __init__(self, process: psutil.Process, share: float) -> None:
+        super().__init__(name="throttle", daemon=True)
+        self._process, self._share, self._over = process, share, threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self._over.is_set():
+                time.sleep(PERIOD_S * self._share)
+                self._process.suspend()
+                self._over.wait(PERIOD_S * (1 - self._share))
+                self._process.resume()
+        finally:
+            self._process.resume()
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join(TIMEOUT_S)
+
+
+def run(
+    folder: Path,
+    name: str,
+    *,
+    generators: int,
+    rewards: int,
+    seconds: float,
+    delay_s: float,
+    tokens: int,
+    share: float = 1.0,
+) -> Row:
+    """One run with a buffer of its own, which may run for `share` of the time."""
     path = folder / f"{name}.toml"
     path.write_text(CONFIG.replace("NAME", name).replace("FOLDER", str(folder)), encoding="utf-8")
     config = load_config(path)
@@ -142,8 +183,13 @@ def run(folder: Path, name: str, *, generators: int, rewards: int, seconds: floa
                 parts.callback(worker.join, 5.0)
                 worker.start()
             parts.callback(over.set)
-            time.sleep(3.0)
-            return _measure(config.run_dir, psutil.Process(supervisor.pid("buffer")), makers, seconds)
+            process = psutil.Process(supervisor.pid("buffer"))
+            if share < 1:
+                throttle = Throttle(process, share)
+                parts.callback(throttle.stop)
+                throttle.start()
+            time.sleep(WARM_UP_S)
+            return _measure(config.run_dir, process, makers, seconds)
     finally:
         over.set()
         supervisor.stop(supervisor.running, grace_s=2.0)
@@ -160,10 +206,14 @@ def _measure(run_dir: Path, buffer: psutil.Process, makers: list[Worker], second
             int(log.query(f"SELECT count(*) FROM {table} WHERE {column} BETWEEN ? AND ?", at, end)[0][0])
             for table, column in (("rollouts", "received_at"), ("grades", "received_at"), ("steps", "committed_at"))
         )
-    share = (after.user + after.system - before.user - before.system) / took
+    if not acks:
+        raise RuntimeError(
+            f"benchmark: no group was acknowledged within {took:.0f} s; more --seconds or --share are needed"
+        )
+    cpu_s = after.user + after.system - before.user - before.system
     return {
-        "messages": taken / took, "cpu": share, "saturates": len(makers) / share, "groups_acked": len(acks),
-        "ack_p50_ms": 1e3 * acks[len(acks) // 2], "ack_p99_ms": 1e3 * acks[int(0.99 * (len(acks) - 1))],
+        "messages": taken / took, "cpu": cpu_s / took, "us": 1e6 * cpu_s / taken, "saturates": len(makers) * took / cpu_s,
+        "groups_acked": len(acks), "ack_p50_ms": 1e3 * acks[len(acks) // 2], "ack_p99_ms": 1e3 * acks[int(0.99 * (len(acks) - 1))],
     }  # fmt: skip
 
 
@@ -179,7 +229,8 @@ def _await(ready: Callable[[], bool], what: str, supervisor: Supervisor) -> None
 
 def show(rows: list[Row]) -> None:
     table = Table(title="One buffer under load: median (lowest to highest)")
-    names = {"messages": ("messages/s", ".0f"), "cpu": ("share of a core", ".2f"), "saturates": ("saturates at", ".0f"),
+    names = {"messages": ("messages/s", ".0f"), "cpu": ("share of a core", ".3f"),
+             "us": ("us a message", ".0f"), "saturates": ("saturates at", ".0f"),
              "ack_p50_ms": ("ack p50 ms", ".0f"), "ack_p99_ms": ("ack p99 ms", ".0f")}  # fmt: skip
     for label, _ in names.values():
         table.add_column(label, justify="right")
@@ -198,6 +249,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=1.0, max=120.0)] = 15.0,
     delay: Annotated[float, typer.Option(min=0.0, help="Seconds a generator takes for a group of 8.")] = 4.0,
     tokens: Annotated[int, typer.Option(min=1, help="Of each response.")] = 512,
+    share: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of the time in which the buffer may run.")] = 1.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Measure what a buffer bears."""
@@ -213,11 +265,12 @@ def main(
                     seconds=seconds,
                     delay_s=delay,
                     tokens=tokens,
+                    share=share,
                 )
             )
     show(rows)
     if json_path is not None:
-        facts: Row = {"generators": generators, "rewards": rewards, "delay_s": delay, "tokens": tokens}
+        facts: Row = {"generators": generators, "rewards": rewards, "delay_s": delay, "tokens": tokens, "share": share}
         json_path.write_text(json.dumps([{**facts, **row} for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
