@@ -21,6 +21,7 @@ def worker(role: str, state: str, owes: str = "", *, silent_s: float = 0.1) -> W
 WAITS = worker("learner", "waits for the groups of step 3", "buffer")
 TRAINS = worker("learner", "trains step 3")
 DECODES = worker("generator", "decodes")
+IDLES = worker("generator", "waits for tickets", "buffer")
 SCORES = worker("reward", "scores")
 LEFT = {"name": "generator-0", "role": "generator", "reason": "killed", "at": NOW - 30}
 
@@ -29,7 +30,8 @@ TABLE = [
     ("learner paused", [worker("learner", "trains", silent_s=9.0), DECODES], {}, "learner", "learner-0", "is silent for"),
     ("a peer in the weight group", [worker("learner", "waits for generator-0 to take version 2", "generator"), DECODES, SCORES], {},
      "weights", "generator", "waits for generator-0 to take version 2 (since 1:05)"),
-    ("lag used up", [TRAINS, DECODES, SCORES], {"room": 0.0, "max_lag": 0.0}, "lag", "learner-0", "max_lag = 0 lets nothing more"),
+    ("lag used up", [TRAINS, IDLES, SCORES], {"room": 0.0, "max_lag": 0.0}, "lag", "learner-0", "max_lag = 0 lets nothing more"),
+    ("lag used up, but not idle", [TRAINS, DECODES, SCORES], {"room": 0.0}, "training", "learner-0", "nothing: learner-0 trains"),
     ("learner trains", [TRAINS, DECODES, SCORES], {}, "training", "learner-0", "nothing: learner-0 trains step 3"),
     ("generator dead", [WAITS, SCORES], {"to_generate": 8.0}, "generator", "generator", "generator-0 left 0:30 ago (killed)"),
     ("generator silent", [WAITS, worker("generator", "decodes", silent_s=9.0), SCORES], {}, "generator", "generator-0", "is silent for"),

@@ -184,7 +184,8 @@ def status(
     if why:
         from workers.why import cause, standstill
 
-        print((cause(found, time.time()) if found else standstill(folder)).text)
+        named = cause(found, time.time()) if found else standstill(folder)
+        print(f"{named.text}\nowed by: {named.owes}")
         return
     Console().print(render(found, {}, None, time.time()) if found else _standing(folder), soft_wrap=found is None)
 

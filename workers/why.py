@@ -40,7 +40,7 @@ def cause(status: Status, now: float) -> Cause:
     if learner.get("owes") == "generator":
         return Cause("weights", "generator", f"{learner['name']} {_since(learner, now)}")
     if learner.get("owes") != "buffer":
-        return _training(ledger, learner, now)
+        return _training(ledger, learner, generators, now)
     graded = ledger.get("to_grade", 0) + ledger.get("grading", 0)
     made = ledger.get("to_generate", 0) + ledger.get("generating", 0)
     if graded and (gap := _gap(status, "reward", rewards, now)):
@@ -85,9 +85,11 @@ def standstill(run_dir: Path) -> Cause:
     )
 
 
-def _training(ledger: dict[str, float], learner: dict[str, Any], now: float) -> Cause:
-    """The learner works; generators wait for it once the lag that is allowed is used up."""
-    if ledger.get("room", 1) > 0:
+def _training(
+    ledger: dict[str, float], learner: dict[str, Any], generators: Sequence[dict[str, Any]], now: float
+) -> Cause:
+    """The learner works; once the lag that is allowed is used up, and what is in the system made, generators wait for it."""
+    if ledger.get("room", 1) > 0 or not generators or not all(worker.get("owes") for worker in generators):
         return Cause(
             "training", learner["name"], f"nothing: {learner['name']} {_since(learner, now)}, and groups come in"
         )
@@ -104,7 +106,7 @@ def _gap(status: Status, role: str, workers: Sequence[dict[str, Any]], now: floa
     limit_s = 1.0 + 2 * status.ledger.get("heartbeat_s", 2.0)
     if all(worker.get("silent_s", 0.0) > limit_s for worker in workers):
         return ", ".join(
-            f"{w['name']} is silent for {duration(w['silent_s'])} (stopped, stuck or cut off)" for w in workers
+            f"{w['name']} is silent for {duration(w['silent_s'])} (killed, stopped, stuck or cut off)" for w in workers
         )
     return None
 
