@@ -1,7 +1,5 @@
 """The command line. Each command imports what it needs, so that `headrace --help` is quick and the buffer's process
-never loads torch.
-
-Exit codes: 0 done; 1 a failure while running; 2 input that cannot be used, or a full disk; 130 Ctrl-C.
+never loads torch. Its exit codes: `workers.exit_codes`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +17,7 @@ from rich.console import Console
 
 from engine.config import Config, ConfigError, load_config
 from workers import cli_cluster, cli_critic, cli_log, cli_plan, cli_utel
-from workers.last_words import KEY, out_of_space, say_last_words
+from workers.exit_codes import exit_code_of
 from workers.tether import die_with_parent
 
 app = typer.Typer(
@@ -254,23 +251,6 @@ def _address(config: Config) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-BAD_INPUT = {
-    "ConfigError", "KeysError", "TaskError", "TextError", "InspectError", "LinkRefused", "CheckpointError", "Diverged",
-    "LaunchRefused", "LogError", "RewardsBroken",
-}  # fmt: skip
-"""Starting again cannot help: exit code 2."""
-FAILURES = {
-    "LinkError",
-    "LaunchError",
-    "MetricsError",
-    "NonFiniteError",
-    "Refused",
-    "ScorerError",
-    "OSError",
-}
-"""Known by name, for importing them here would load what most commands do not need. A subclass counts as its parent."""
-
-
 def main() -> None:
     """The console script. Known errors are one line on stderr; HEADRACE_TRACEBACK=1 shows where they came from."""
     code = _run()
@@ -291,26 +271,8 @@ def _run() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return _failed(error)
+        return exit_code_of(error)
     return 0
-
-
-def _failed(error: Exception) -> int:
-    """Says what happened; returns the exit code. A disk that is full is like bad input: it stays so until somebody acts."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    full = out_of_space(error)
-    text = f"headrace: {error}"
-    if full and "LaunchError" not in names:
-        then = "" if KEY in os.environ else ", then continue with `headrace launch CONFIG --resume`"
-        text += f"; free space there{then}"
-    if hopeless := full or bool(names & BAD_INPUT):
-        say_last_words(text)
-    with contextlib.suppress(OSError):  # the same full disk may hold the log that this goes to
-        if not names & (BAD_INPUT | FAILURES) or os.environ.get("HEADRACE_TRACEBACK"):
-            traceback.print_exc()
-        else:
-            print(text, file=sys.stderr, flush=True)
-    return 2 if hopeless else 1
 
 
 if __name__ == "__main__":
