@@ -209,7 +209,7 @@ class Buffer:
             ledger={**self.ledger.figures(), **self.ledger.standing(), "heartbeat_s": self.config.buffer.heartbeat_s},
             workers=workers,
             metrics=self.state.latest,
-            evals=self.state.evals,
+            evals=self.state.evaluations.figures,
             gone=list(self.gone.values()),
         )
 

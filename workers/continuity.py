@@ -7,30 +7,12 @@ come twice, and evaluation would ask what was trained on. Steps, lengths, rates,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from engine.config import Config, ConfigError, dump_config
-from protocols.log import Log
+from engine.config import ConfigError
 
 MAY_CHANGE = frozenset({"path", "held_out_path", "score", "extract"})
 """Of a task and of the model: files may have moved, and a broken scoring function may have been put right."""
-
-
-def continued_log(path: Path, config: Config) -> Log:
-    """The log of a run that goes on, open for writing, with the config that it goes on with. Raises `ConfigError` when it
-    was made with other prompts, `LogError` when it cannot be used."""
-    now = msgspec.json.decode(msgspec.json.encode(dump_config(config)))
-    log = Log.open(path, write=True)
-    try:
-        same_run(log.meta.config, now)
-        log.set_config(now)
-    except BaseException:
-        log.close()
-        raise
-    return log
 
 
 def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from engine.config import (
 from engine.tasks import named_tasks, page_tasks
 from workers import contradictions
 from workers.contradictions_backend import sharing
+from workers.evaluations import evaluation_steps
 from workers.memory import Memory, memory
 from workers.model_shape import ModelShape, model_shape, starting_model
 
@@ -197,7 +198,7 @@ def _whole(config: Config) -> Section:
         lines.append(("log", f"at most about {size} of trained samples; dropped ones are kept too"))
     evaluation = config.eval
     if evaluation.prompts and config.generates:
-        when = sorted({0, steps} | (set(range(0, steps, evaluation.every)) if evaluation.every else set()))
+        when = evaluation_steps(config)
         each = evaluation.prompts * evaluation.samples
         lines.append(
             (

@@ -11,18 +11,18 @@ import time
 
 import msgspec
 
-from engine.config import Config, ConfigError, dump_config
-from engine.start_folder import policy_folder
+from engine.config import Config, ConfigError
 from protocols import messages as m
-from protocols.ledger import Decided, Issue, Ledger, Pace, Score
-from protocols.log import GroupRow, Log
-from workers.continuity import continued_log
+from protocols.ledger import Decided, Issue, Ledger, Score
+from protocols.log import GroupRow
+from workers.evaluations import Evaluations
 from workers.intake import Intake
 from workers.measure_pages import READ
 from workers.metrics import MetricsWriter
+from workers.pace import pace_of
 from workers.provenance import code_version
 from workers.reward_watch import RewardWatch
-from workers.start import critic_of, start_of
+from workers.run_log import open_log
 
 FENCES_PER_START = 1 << 20
 """Each process that serves a run gives out fences of its own range, so a zombie of an earlier one is refused."""
@@ -40,13 +40,12 @@ class RunState:
         self.rows: dict[int, GroupRow] = {}
         self.texts: dict[tuple[int, int], m.Rollout] = {}
         self.partials: dict[tuple[int, int], m.Partial] = {}
-        self.evaluating: dict[int, set[int]] = {}
+        self.evaluations = Evaluations(config, held_out=bool(self.intake.held_out))
         self.latest: dict[str, float] = {}
-        self.evals: list[dict[str, float]] = []
         self.next_group = 0
         self.said_fruitless = 0
         self.rewards = RewardWatch(samples_per_group=config.buffer.samples_per_group, attempts=config.reward.attempts)
-        self.log = self._open_log(resume)
+        self.log = open_log(config, resume=resume)
         starts = sum(event.kind == "started" for event in self.log.events())
         self.event("started", "buffer", code_version())
         for reading in self.intake.readings:
@@ -61,7 +60,7 @@ class RunState:
     @property
     def finished(self) -> bool:
         """The last step is committed and every evaluation that is due has been made."""
-        return self.ledger.committed >= self.config.steps and not self.evaluating and not self._due()
+        return self.ledger.committed >= self.config.steps and self.evaluations.complete(self.ledger.committed)
 
     def event(self, kind: str, worker: str, detail: str) -> None:
         """Notes in the log that something happened to the run."""
@@ -201,7 +200,7 @@ class RunState:
             self.texts.pop((decided.group, sample), None)
         if decided.outcome == "evaluated":
             self.log.set_group(decided.group, "evaluated")
-            self.evaluating[row.min_version].discard(decided.group)
+            self.evaluations.graded(row.min_version, decided.group)
         elif decided.outcome != "ready":
             self.log.set_group(decided.group, decided.outcome, reason=decided.reason)
         rounds = self.ledger.fruitless // self.config.buffer.groups_per_step
@@ -235,57 +234,27 @@ class RunState:
 
     # --- evaluation: held-out prompts as groups of their own kind, which no pacing counts and nothing waits for ------
 
-    def _due(self) -> list[int]:
-        """Steps whose weights are to be evaluated now and are not yet."""
-        evaluation, committed = self.config.eval, self.ledger.committed
-        if not self.intake.held_out:
-            return []
-        steps = {0, self.config.steps} | (
-            set(range(0, self.config.steps, evaluation.every)) if evaluation.every else set()
-        )
-        done = {int(e["eval_step"]) for e in self.evals}
-        # A resumed run may have passed several; only the newest of those still measures the weights it names.
-        passed = [s for s in sorted(steps) if s <= committed and s not in done]
-        return [s for s in passed[-1:] if s not in self.evaluating]
-
     def _begin_evaluations(self) -> None:
-        for step in self._due():
+        for step in self.evaluations.due(self.ledger.committed):
             rows = list(self.intake.evaluation(self.next_group, step=step))
-            self.evaluating[step] = {row.group for row in rows}
+            self.evaluations.begin(step, [row.group for row in rows])
             for row in rows:
                 self._enter(row)
 
     def _end_evaluations(self) -> None:
-        for step in [step for step, groups in self.evaluating.items() if not groups]:
-            del self.evaluating[step]
+        for step in self.evaluations.take_graded():
             figures = self.log.evaluation(step)
             if figures is not None:
-                self.evals.append({"eval_step": step, **figures})
+                self.evaluations.figures.append({"eval_step": step, **figures})
                 self.metrics.evaluation(step, figures)
 
     # --- start -----------------------------------------------------------------------------------------------------
-
-    def _open_log(self, resume: bool) -> Log:
-        path = self.config.run_dir / "rollouts.db"
-        if resume and path.exists():
-            return continued_log(path, self.config)
-        if path.exists():
-            raise ConfigError(f"{path}: exists already; continue it with --resume or choose another name")
-        self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        return Log.create(
-            path,
-            run=self.config.name,
-            config=dump_config(self.config),
-            code_version=code_version(),
-            start=start_of(policy_folder(self.config)),
-            critic=critic_of(self.config),
-        )
 
     def _restore(self) -> None:
         """Rebuilds the ledger from the log: the same groups, with the results that were committed."""
         self.next_group, self.intake.cursor = self.log.next_group(), self.log.next_source_index(self.intake.kind)
         self.ledger.committed = self.log.last_step()
-        self.evals = self.log.evaluations()
+        self.evaluations.figures = self.log.evaluations()
         for step, groups in self.log.planned():
             self.ledger.restore_plan(step, groups)
         for state in self.log.unfinished():
@@ -293,7 +262,7 @@ class RunState:
             self.rows[row.group] = row
             self.ledger.add_group(row.group, row.kind, row.samples, min_version=row.min_version)
             if row.kind == "eval":
-                self.evaluating.setdefault(row.min_version, set()).add(row.group)
+                self.evaluations.begin(row.min_version, [row.group])
             if row.kind == "ready":
                 continue  # it entered with its response and grade
             self.texts.update({(row.group, rollout.sample): rollout for rollout in self.log.rollouts(row.group)})
@@ -309,7 +278,7 @@ class RunState:
             row = self.log.step(step)
             if row is not None:
                 self.metrics.step(step, row.metrics, at=row.committed_at)
-        figures = {int(evaluation["eval_step"]): evaluation for evaluation in self.evals}
+        figures = {int(evaluation["eval_step"]): evaluation for evaluation in self.evaluations.figures}
         for step in self.metrics.missing("eval_step", figures):
             self.metrics.evaluation(step, {name: v for name, v in figures[step].items() if name != "eval_step"})
 
@@ -323,21 +292,6 @@ def handed_back(handed: m.HandBack) -> str:
         runs = ",".join(f"{version}*{count}" for version, count in partial.versions) if partial else ""
         each.append(f"{len(partial.tokens)} ({runs})" if partial else "0")
     return f"group {handed.group}: samples {', '.join(map(str, handed.samples))} with {', '.join(each)} tokens"
-
-
-def pace_of(config: Config) -> Pace:
-    """The ledger's settings of a run."""
-    return Pace(
-        steps=config.steps,
-        groups_per_step=config.buffer.groups_per_step,
-        max_lag=config.buffer.max_lag,
-        dynamic_sampling=config.buffer.dynamic_sampling,
-        max_oversample=config.buffer.max_oversample,
-        lease_s=config.buffer.lease_s,
-        # A worker is within its lease even if every task that it holds runs into the time limit.
-        grade_lease_s=config.reward.tasks_per_scorer * config.reward.timeout_s + 30,
-        grade_attempts=config.reward.attempts,
-    )
 
 
 def say(text: str) -> None:

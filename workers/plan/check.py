@@ -17,12 +17,12 @@ from rich.table import Table
 from engine.config import Config, ConfigError
 from protocols.log import LogReader
 from workers.inspect import open_run
+from workers.pace import pace_of
 from workers.plan import recorded
 from workers.plan.costs import Costs
 from workers.plan.figures import Figures, forecast
 from workers.plan.notes import Evaluations, Setting
 from workers.plan.simulation import Simulation
-from workers.run_state import pace_of
 
 JUDGED = ("step_seconds", "tokens_per_second", "learner_idle", "lag_mean")
 SHARES = ("learner_idle", "generator_idle")
