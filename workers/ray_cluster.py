@@ -1,5 +1,5 @@
-"""On a Ray cluster that runs already: an actor for each process of a role, which starts it and brings back its output and its
-exit code. The only file that knows Ray (extra `ray`).
+"""A launch on a Ray cluster that runs already: what room each role needs there, and its processes as actors
+(`workers.ray_actor`). These two files alone know Ray (extra `ray`).
 
 Who is started anew, and how often, is the launcher's to decide as everywhere, so actors are not restarted by Ray: a role
 whose node is lost gets a new actor on another one. The launcher runs on a node of the cluster, and the buffer beside it.
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,66 +22,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from engine.config import Config, ConfigError
 from engine.config_placement import Resources
 from workers.launch_errors import LaunchError
+from workers.ray_actor import ACTOR, LOOK_S, Child, look
 from workers.roles import Rendezvous, role_of
 from workers.site import Keeper, in_same_folder, reachable_bind, write_token
 from workers.slurm_script import learner_nodes
-from workers.supervise import TETHER, Exit, tail_of
+from workers.supervise import Exit, tail_of
 
 PLACE_S = 120.0
 """How long Ray may take to find room for a process, and to start its actor."""
-LOOK_S = 60.0
-"""How long a node may take to say whether it sees the run's folder."""
 ANSWER_S = 30.0
 """How long an actor may be silent: it answers many times a second."""
-QUIET_S = 0.2
-"""How long an actor waits for output before it answers that there is none."""
-
-
-class RoleProcess:
-    """On a node of the cluster; its one process ends with it. Calls run one after another, in the actor's main thread."""
-
-    def start(self, command: list[str], env: dict[str, str]) -> str:
-        """Where the process runs, and as what."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *command],
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        if self.process.stdout is not None:
-            os.set_blocking(self.process.stdout.fileno(), False)
-        return f"pid {self.process.pid} on {ray.util.get_node_ip_address()}"
-
-    def poll(self) -> tuple[bytes, int | None]:
-        """What it has written since, and its exit code once it has ended and all is read."""
-        until = time.monotonic() + QUIET_S
-        while True:
-            ended = self.process.poll()
-            new = self.process.stdout.read(1 << 20) if self.process.stdout is not None else b""
-            if new or ended is not None or time.monotonic() > until:
-                return new or b"", None if new else ended
-            time.sleep(0.02)
-
-    def kill(self, number: int) -> None:
-        """A signal to all of the process's session."""
-        try:
-            os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            return
-
-
-ACTOR: Any = ray.remote(max_restarts=0, max_task_retries=0)(RoleProcess)
-
-
-def look(command: list[str]) -> str:
-    """On a node: what is wrong there; empty when nothing is."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{ray.util.get_node_ip_address()}: {error}"
-    return "" if done.returncode == 0 else (done.stdout + done.stderr).strip().removeprefix("headrace: ")
 
 
 class RayCluster:
@@ -185,23 +133,6 @@ class RayCluster:
     def placed(self, config: Config) -> Config:
         """A cold start is placed as the run that it is for."""
         return msgspec.structs.replace(config, placement=self.placement)
-
-
-class Child:
-    """A role: its actors (a learner over several nodes has some, any other role one) and what they still owe."""
-
-    def __init__(self, actors: list[Any], log: Path) -> None:
-        self.actors, self.log = actors, log
-        self.offset = log.stat().st_size if log.exists() else 0
-        self.began = time.monotonic()
-        self.heard = self.began
-        self.codes: list[int | None] = [None] * len(actors)
-        self.owed: list[Any] = [None] * len(actors)
-        self.runs = [False] * len(actors)
-
-    def write(self, text: bytes) -> None:
-        with self.log.open("ab") as file:
-            file.write(text)
 
 
 class RayRoles:
