@@ -10,14 +10,13 @@ import zmq
 from msgspec import structs
 
 from protocols.codec import Frame, Malformed, decode, encode
-from protocols.link_doorman import Doorman, role_of_key
-from protocols.link_errors import LinkError
+from protocols.link_entrance import Entrance
 from protocols.link_events import Event, Joined, Left, Received
-from protocols.link_keys import BufferKeys, require_keys
+from protocols.link_keys import BufferKeys
 from protocols.link_outbox import size_of
 from protocols.link_peer import Peer
 from protocols.link_rights import FROM_WORKERS, SAID_BY
-from protocols.link_socket import HELLO_FIRST, MAX_MESSAGE_BYTES, open_socket, session_of
+from protocols.link_socket import HELLO_FIRST, MAX_MESSAGE_BYTES, session_of
 from protocols.messages import PROTOCOL, Ack, Goodbye, Heartbeat, Hello, Message, StatusRequest, Welcome
 
 __all__ = ["STRIKES", "Event", "Joined", "Left", "Received", "Server"]
@@ -50,7 +49,6 @@ class Server:
     ) -> None:
         """Raises `LinkError` when the address cannot be bound, `KeysError` when it reaches beyond this machine and there
         are no keys. Port 0 takes a free one; `address` then names it."""
-        require_keys(keys, address, "bind")
         self.welcome = Welcome(run="", heartbeat_s=heartbeat_s, step=0)
         self.counters: Counter[str] = Counter()
         self._peer_timeout_s = peer_timeout_s
@@ -62,33 +60,21 @@ class Server:
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
         self._replaced: OrderedDict[bytes, str] = OrderedDict()
         self._events: list[Event] = []
-        self._context = zmq.Context()
-        self._doorman = None if keys is None else Doorman(self._context, keys, self.counters)
-        self._socket = open_socket(self._context, zmq.ROUTER, address, max_message_bytes=max_message_bytes, keys=keys)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        for option in (zmq.HANDSHAKE_IVL, zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TIMEOUT):
-            # Ends connections that say nothing or leave a frame unfinished; the protocol above covers what that loses.
-            self._socket.setsockopt(option, int(peer_timeout_s * 1000))
-        self._poller = zmq.Poller()
-        for end in (self._socket, self._doorman and self._doorman.socket):
-            if end is not None:
-                self._poller.register(end, zmq.POLLIN)
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
-            self.close()
-            raise LinkError(f"bind {address}: {str(error.strerror or error).lower()}") from error
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._entrance = Entrance(
+            address,
+            peer_timeout_s=peer_timeout_s,
+            max_message_bytes=max_message_bytes,
+            keys=keys,
+            counters=self.counters,
+        )
+        self.address = self._entrance.address
 
     def poll(self, timeout_s: float) -> list[Event]:
         """What happened, waiting up to `timeout_s` for the first of it."""
         for worker in list(self._owing):
             self._pay(self._peers[worker])
         wait_s = 0.0 if self._events else min(timeout_s, RETRY_S) if self._stuck else timeout_s
-        ready = dict(self._poller.poll(int(wait_s * 1000)))
-        if self._doorman is not None:
-            self._doorman.answer()
-        more = self._socket in ready and self._drain_socket()
+        more = self._entrance.wait(wait_s) and self._drain_socket()
         for worker in list(self._stuck):
             self._push(self._peers[worker])
         if not more:  # what still waits in the socket may be a sign of life
@@ -139,10 +125,7 @@ class Server:
 
     def close(self) -> None:
         """Closes the socket at once; what the workers have not confirmed is lost."""
-        self._socket.close()
-        if self._doorman is not None:
-            self._doorman.close()
-        self._context.term()
+        self._entrance.close()
 
     # --- what comes in ----------------------------------------------------------------------------------------------
 
@@ -151,21 +134,13 @@ class Server:
         count = size = 0
         while count < BATCH and size < BATCH_BYTES:
             try:
-                identity, role, frames = self._receive()
+                identity, role, frames = self._entrance.receive()
             except zmq.Again:
                 return False
             count += 1
             size += size_of(frames)
             self._take(identity, role, frames)
         return True
-
-    def _receive(self) -> tuple[bytes, str | None, Sequence[Frame]]:
-        """The next message: whose connection, the role whose key it was made with (None: without keys), and its frames."""
-        if self._doorman is None:
-            identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            return identity, None, frames
-        first, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        return first.bytes, role_of_key(first), [part.buffer for part in parts]
 
     def _take(self, identity: bytes, role: str | None, frames: Sequence[Frame]) -> None:
         self.counters["messages"] += 1
@@ -293,7 +268,7 @@ class Server:
         self._stuck.discard(peer.worker)
         try:
             while (frames := peer.outbox.next()) is not None:
-                self._socket.send_multipart([peer.identity, *frames], zmq.NOBLOCK, copy=False)
+                self._entrance.send(peer.identity, frames, copy=False)
                 peer.outbox.sent()
         except zmq.Again:
             self._stuck.add(peer.worker)
@@ -305,7 +280,7 @@ class Server:
     def _tell(self, identity: bytes, message: Message, id: int = 0) -> None:
         """Sends once, if that is possible now: for what needs no confirmation, or has nobody who could give one."""
         try:
-            self._socket.send_multipart([identity, *encode(message, id)], zmq.NOBLOCK)
+            self._entrance.send(identity, encode(message, id), copy=True)
         except zmq.ZMQError as error:  # EAGAIN: its pipe is full; EHOSTUNREACH: it is gone
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
