@@ -6,7 +6,6 @@ import atexit
 import logging
 import threading
 import time
-from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -35,7 +34,8 @@ from engine.weights.control import (
 from engine.weights.gate import LOCAL, open_passage
 from engine.weights.incoming import Incoming, NotHeld, make_room
 from engine.weights.layout import weights_hash
-from engine.weights.transport import Connect, Seat, Transport, TransportError, backend_of, connect
+from engine.weights.place import Place
+from engine.weights.transport import Connect, TransportError, backend_of, connect
 from engine.weights.update import Shelf, Update
 
 log = logging.getLogger(__name__)
@@ -66,16 +66,16 @@ class Subscriber:
         `device` is where updates lie: "cpu" receives over gloo, "cuda" over
         NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`, or once it is called off."""
         self._host, self._port, self._name, self._timeout_s = host, port, name, timeout_s
-        self._device, self._connect = torch.device(device), connect
+        self._device = torch.device(device)
         deadline = time.monotonic() + timeout_s
         control.await_listener(host, port, timeout_s, given_up or threading.Event())
         self._passage = open_passage(host, port, token) if token else None
         self._store = self._open_store(max(1.0, deadline - time.monotonic()))
         self._beat_store = self._store.clone()
-        self._address = control.local_address(host, port)
+        self._place = Place(
+            str(self), connect, address=control.local_address(host, port), device=self._device, timeout_s=timeout_s
+        )
         self._shelf = Shelf(self._device)
-        self._transport: Transport | None = None
-        self._epoch = 0
         self._incoming: Incoming | None = None
         self._error: str | None = None
         self._closing = threading.Event()
@@ -200,7 +200,7 @@ class Subscriber:
             self._fail(_first_line(error))
         finally:
             self._fail("the receiving thread has ended")
-            self._disconnect()
+            self._place.leave()
 
     def _obey(self, message: ToMember) -> None:
         match message:
@@ -212,7 +212,7 @@ class Subscriber:
                 self._check(message)
             case Dropped():
                 log.warning("%s: dropped by the learner; joining again", self)
-                self._disconnect()
+                self._place.leave()
                 self._member = self._join()
             case Stop():
                 pass  # it has served to wake this thread
@@ -243,9 +243,9 @@ class Subscriber:
             return
         started = time.monotonic()
         try:
-            incoming.receive(self._seated(take), self._shelf)
+            incoming.receive(self._place.take(self._store, take), self._shelf)
         except (TransportError, ValueError) as error:
-            self._disconnect()
+            self._place.leave()
             self._fail_offer(take.offer, f"version {incoming.offer.version}: {error}")
             return
         self._counters["bytes"] += incoming.payload.numel()
@@ -270,30 +270,13 @@ class Subscriber:
         if wrong:
             log.error("%s: version %d refused: %s failed the check", self, version, ", ".join(wrong))
             self._counters["refused"] += 1
-            self._disconnect()
+            self._place.leave()
             self._say(self._store, Refused(self._member, check.offer, wrong))
             return
         tensors = incoming.offer.layout.views(incoming.flat)
         self._shelf.put(version, tensors, hash=weights_hash(found), flat=incoming.flat)
         self._counters["received"] += 1
         self._say(self._store, Done(self._member, check.offer))
-
-    def _seated(self, take: Take) -> Transport:
-        if self._transport is None or self._epoch != take.epoch:
-            self._disconnect()
-            seat = Seat(take.epoch, take.rank, take.size, self._address, self._device, self._timeout_s)
-            store = self._store.clone()
-            store.set_timeout(timedelta(seconds=self._timeout_s))
-            self._transport, self._epoch = self._connect(store, seat), take.epoch
-        return self._transport
-
-    def _disconnect(self) -> None:
-        transport, self._transport, self._epoch = self._transport, None, 0
-        if transport is not None:
-            try:
-                transport.close()
-            except TransportError as error:
-                log.warning("%s: %s", self, error)
 
     def _say(self, store: TCPStore, message: ToPublisher) -> None:
         control.send(store, control.INBOX, message)
