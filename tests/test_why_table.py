@@ -28,6 +28,8 @@ LEFT = {"name": "generator-0", "role": "generator", "reason": "killed", "at": NO
 TABLE = [
     ("no learner has joined", [DECODES, SCORES], {}, "learner", "learner", "no learner is there; none has joined"),
     ("learner paused", [worker("learner", "trains", silent_s=9.0), DECODES], {}, "learner", "learner-0", "is silent for"),
+    ("one rank of two paused", [TRAINS, {**worker("learner", "trains", silent_s=9.0), "name": "learner-1"}, DECODES], {},
+     "learner", "learner-1", "step 3 waits for all ranks of the learner: learner-1 is silent for 0:09"),
     ("a peer in the weight group", [worker("learner", "waits for generator-0 to take version 2", "generator"), DECODES, SCORES], {},
      "weights", "generator", "waits for generator-0 to take version 2 (since 1:05)"),
     ("lag used up", [TRAINS, IDLES, SCORES], {"room": 0.0, "max_lag": 0.0}, "lag", "learner-0", "max_lag = 0 lets nothing more"),
@@ -37,12 +39,14 @@ TABLE = [
     ("generator silent", [WAITS, worker("generator", "decodes", silent_s=9.0), SCORES], {}, "generator", "generator-0", "is silent for"),
     ("no reward", [WAITS, DECODES], {"to_grade": 5.0}, "reward", "reward", "5 responses of step 3 wait for a grade: no reward is there"),
     ("reward silent", [WAITS, DECODES, worker("reward", "scores", silent_s=9.0)], {"grading": 5.0}, "reward", "reward-0", "is silent for"),
-    ("reward stuck", [WAITS, DECODES, SCORES], {"grading": 5.0}, "reward", "reward-0", "reward-0 scores (since 1:05)"),
+    ("reward stuck", [WAITS, DECODES, SCORES], {"grading": 5.0, "last_grade_s": 64.0}, "reward", "reward-0",
+     "reward-0 scores (since 1:05); the last grade came 1:04 ago"),
     ("no weights yet", [WAITS, worker("generator", "waits for version 2", "learner"), SCORES], {}, "weights", "learner",
      "no generator has the weights that it needs: generator-0 waits for version 2"),
     ("none informative", [WAITS, DECODES, SCORES], {"generating": 8.0, "fruitless": 1000.0},
      "uninformative", "data", "all right or all wrong"),
-    ("responses are made", [WAITS, DECODES, SCORES], {"generating": 8.0}, "generator", "generator-0", "1 of 4 groups of step 3 are ready"),
+    ("responses are made", [WAITS, DECODES, SCORES], {"generating": 8.0, "last_response_s": 3.0}, "generator", "generator-0",
+     "1 of 4 groups of step 3 are ready; 8 responses are being made; the last response came 0:03 ago"),
 ]  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Buffer:
         self.hellos: dict[str, m.Hello] = {}
         self.heard: dict[str, float] = {}
         self.gone: dict[str, dict[str, str | float]] = {}
+        self.came: dict[str, float] = {}
         self.weights: m.Announce | None = None
         self.stopping = False
         self._welcome()
@@ -152,10 +153,12 @@ class Buffer:
                 return
             case m.Rollout():
                 refused = self.state.rollout(worker, message)
+                self.came["response"] = now
             case m.HandBack():
                 refused = self.state.hand_back(worker, message)
             case m.Grade():
                 refused = self.state.grade(worker, message)
+                self.came["grade"] = now
             case m.PlanRequest():
                 refused = self._plan_request(worker, message.step)
             case m.Pull():
@@ -206,7 +209,12 @@ class Buffer:
             step=self.ledger.committed,
             steps=self.config.steps,
             done=self.state.finished,
-            ledger={**self.ledger.figures(), **self.ledger.standing(), "heartbeat_s": self.config.buffer.heartbeat_s},
+            ledger={
+                **self.ledger.figures(),
+                **self.ledger.standing(),
+                **{f"last_{what}_s": now - at for what, at in self.came.items()},
+                "heartbeat_s": self.config.buffer.heartbeat_s,
+            },
             workers=workers,
             metrics=self.state.latest,
             evals=self.state.evaluations.figures,

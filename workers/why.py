@@ -36,6 +36,8 @@ def cause(status: Status, now: float) -> Cause:
     ledger, step = status.ledger, status.step + 1
     if gap := _gap(status, "learner", learners, now):
         return Cause("learner", _names(learners) or "learner", f"step {step} waits for a learner: {gap}")
+    if rank := next((rank for rank in learners if _silent(status, rank)), None):
+        return Cause("learner", str(rank["name"]), f"step {step} waits for all ranks of the learner: {_silence(rank)}")
     learner = learners[0]
     if learner.get("owes") == "generator":
         return Cause("weights", "generator", f"{learner['name']} {_since(learner, now)}")
@@ -62,11 +64,13 @@ def cause(status: Status, now: float) -> Cause:
         )
     if graded and not made:
         owing = "; ".join(f"{worker['name']} {_since(worker, now)}" for worker in rewards)
-        return Cause("reward", _names(rewards), f"{graded:.0f} responses of step {step} wait for a grade: {owing}")
+        text = f"{graded:.0f} responses of step {step} wait for a grade: {owing}{_last(ledger, 'grade')}"
+        return Cause("reward", _names(rewards), text)
     lost = [worker["name"] for worker in status.gone if worker["role"] == "generator"]
     fewer = f" (gone: {', '.join(lost)})" if lost else ""
     needs = f"{ledger.get('ready', 0):.0f} of {ledger.get('groups_per_step', 0):.0f} groups of step {step} are ready"
-    return Cause("generator", _names(generators), f"{needs}; {made:.0f} responses are being made{fewer}")
+    being = f"{made:.0f} responses are being made{_last(ledger, 'response')}"
+    return Cause("generator", _names(generators), f"{needs}; {being}{fewer}")
 
 
 def standstill(run_dir: Path) -> Cause:
@@ -103,12 +107,23 @@ def _gap(status: Status, role: str, workers: Sequence[dict[str, Any]], now: floa
         gone = [worker for worker in status.gone if worker["role"] == role]
         left = [f"{w['name']} left {duration(now - w['at'])} ago ({w['reason']})" for w in gone]
         return f"no {role} is there" + (f"; {', '.join(left)}" if left else "; none has joined")
-    limit_s = 1.0 + 2 * status.ledger.get("heartbeat_s", 2.0)
-    if all(worker.get("silent_s", 0.0) > limit_s for worker in workers):
-        return ", ".join(
-            f"{w['name']} is silent for {duration(w['silent_s'])} (killed, stopped, stuck or cut off)" for w in workers
-        )
+    if all(_silent(status, worker) for worker in workers):
+        return ", ".join(_silence(worker) for worker in workers)
     return None
+
+
+def _silent(status: Status, worker: dict[str, Any]) -> bool:
+    return bool(worker.get("silent_s", 0.0) > 1.0 + 2 * status.ledger.get("heartbeat_s", 2.0))
+
+
+def _silence(worker: dict[str, Any]) -> str:
+    return f"{worker['name']} is silent for {duration(worker['silent_s'])} (killed, stopped, stuck or cut off)"
+
+
+def _last(ledger: dict[str, float], what: str) -> str:
+    """When the last one came: who is stuck says that he works, and may have said so for hours before."""
+    age_s = ledger.get(f"last_{what}_s")
+    return "" if age_s is None else f"; the last {what} came {duration(age_s)} ago"
 
 
 def _of(status: Status, role: str) -> list[dict[str, Any]]:

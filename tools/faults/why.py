@@ -43,8 +43,8 @@ class Fault(Struct, frozen=True):
 FAULTS = [
     Fault("learner", "the learner is paused", r"step \d+ waits for a learner: learner-0 is silent for 0:\d\d", "learner-0"),
     Fault(
-        "reward", "the reward function hangs", r"\d+ responses of step \d+ wait for a grade: reward-0 scores \(since 0:\d\d\)",
-        "reward-0",
+        "reward", "the reward function hangs",
+        r"\d+ responses of step \d+ wait for a grade: reward-0 scores \(since 0:\d\d\); the last grade came 0:\d\d ago", "reward-0",
     ),
     Fault("uninformative", "all responses are right", r"has \d groups: the last \d+ groups were all right or all wrong", "data"),
     Fault(
