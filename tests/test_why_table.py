@@ -32,6 +32,9 @@ TABLE = [
      "learner", "learner-1", "step 3 waits for all ranks of the learner: learner-1 is silent for 0:09"),
     ("a peer in the weight group", [worker("learner", "waits for generator-0 to take version 2", "generator"), DECODES, SCORES], {},
      "weights", "generator", "waits for generator-0 to take version 2 (since 1:05)"),
+    ("which peer in the weight group", [worker("learner", "waits for generator-0, generator-1 to take version 2", "generator"),
+     {**worker("generator", "decodes", silent_s=9.0), "name": "generator-1"}, DECODES, SCORES], {}, "weights", "generator-1",
+     "to take version 2 (since 1:05); generator-1 is silent for 0:09"),
     ("lag used up", [TRAINS, IDLES, SCORES], {"room": 0.0, "max_lag": 0.0}, "lag", "learner-0", "max_lag = 0 lets nothing more"),
     ("lag used up, but not idle", [TRAINS, DECODES, SCORES], {"room": 0.0}, "training", "learner-0", "nothing: learner-0 trains"),
     ("learner trains", [TRAINS, DECODES, SCORES], {}, "training", "learner-0", "nothing: learner-0 trains step 3"),
@@ -54,10 +57,18 @@ TABLE = [
     ("workers", "ledger", "kind", "owes", "text"), [row[1:] for row in TABLE], ids=[r[0] for r in TABLE]
 )
 def test_the_cause_of_a_state(workers: list[Worker], ledger: dict[str, float], kind: str, owes: str, text: str) -> None:
-    status = Status("trial", 2, 9, False, {**STANDING, **ledger}, workers, {}, [], [LEFT])
+    gone = [] if LEFT["name"] in [worker["name"] for worker in workers] else [LEFT]
+    status = Status("trial", 2, 9, False, {**STANDING, **ledger}, workers, {}, [], gone)
     found = cause(status, NOW)
     assert (found.kind, found.owes) == (kind, owes)
     assert text in found.text
+
+
+def test_a_rank_that_left_holds_up_the_other() -> None:
+    left = {"name": "learner-1", "role": "learner", "reason": "silent for 10.0 s", "at": NOW - 4}
+    found = cause(Status("trial", 2, 9, False, STANDING, [TRAINS, DECODES], {}, [], [left]), NOW)
+    assert (found.kind, found.owes) == ("learner", "learner-1")
+    assert found.text == "step 3 waits for all ranks of the learner: learner-1 left 0:04 ago (silent for 10.0 s)"
 
 
 def test_a_run_that_is_done_waits_for_nothing() -> None:

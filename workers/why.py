@@ -36,11 +36,12 @@ def cause(status: Status, now: float) -> Cause:
     ledger, step = status.ledger, status.step + 1
     if gap := _gap(status, "learner", learners, now):
         return Cause("learner", _names(learners) or "learner", f"step {step} waits for a learner: {gap}")
-    if rank := next((rank for rank in learners if _silent(status, rank)), None):
-        return Cause("learner", str(rank["name"]), f"step {step} waits for all ranks of the learner: {_silence(rank)}")
+    if absent := _absent(status, learners, now):
+        text = f"step {step} waits for all ranks of the learner: {', '.join(absent.values())}"
+        return Cause("learner", ", ".join(absent), text)
     learner = learners[0]
     if learner.get("owes") == "generator":
-        return Cause("weights", "generator", f"{learner['name']} {_since(learner, now)}")
+        return _weights(status, learner, generators, now)
     if learner.get("owes") != "buffer":
         return _training(ledger, learner, generators, now)
     graded = ledger.get("to_grade", 0) + ledger.get("grading", 0)
@@ -89,6 +90,14 @@ def standstill(run_dir: Path) -> Cause:
     )
 
 
+def _weights(status: Status, learner: dict[str, Any], generators: Sequence[dict[str, Any]], now: float) -> Cause:
+    """The learner waits for generators to take its weights; those that are not heard are whom it waits for."""
+    awaited = learner["state"].replace(",", "").split()
+    absent = {name: text for name, text in _absent(status, generators, now).items() if name in awaited}
+    text = "; ".join([f"{learner['name']} {_since(learner, now)}", *absent.values()])
+    return Cause("weights", ", ".join(absent) or "generator", text)
+
+
 def _training(
     ledger: dict[str, float], learner: dict[str, Any], generators: Sequence[dict[str, Any]], now: float
 ) -> Cause:
@@ -105,11 +114,18 @@ def _gap(status: Status, role: str, workers: Sequence[dict[str, Any]], now: floa
     """That no worker of a role is there that is heard, and since when; None when one is."""
     if not workers:
         gone = [worker for worker in status.gone if worker["role"] == role]
-        left = [f"{w['name']} left {duration(now - w['at'])} ago ({w['reason']})" for w in gone]
+        left = [_leave(worker, now) for worker in gone]
         return f"no {role} is there" + (f"; {', '.join(left)}" if left else "; none has joined")
     if all(_silent(status, worker) for worker in workers):
         return ", ".join(_silence(worker) for worker in workers)
     return None
+
+
+def _absent(status: Status, workers: Sequence[dict[str, Any]], now: float) -> dict[str, str]:
+    """Of the role of these workers: who is not heard any more, or has left and not come back, by name."""
+    silent = {str(worker["name"]): _silence(worker) for worker in workers if _silent(status, worker)}
+    roles = {worker["role"] for worker in workers}
+    return silent | {str(gone["name"]): _leave(gone, now) for gone in status.gone if gone["role"] in roles}
 
 
 def _silent(status: Status, worker: dict[str, Any]) -> bool:
@@ -118,6 +134,10 @@ def _silent(status: Status, worker: dict[str, Any]) -> bool:
 
 def _silence(worker: dict[str, Any]) -> str:
     return f"{worker['name']} is silent for {duration(worker['silent_s'])} (killed, stopped, stuck or cut off)"
+
+
+def _leave(worker: dict[str, Any], now: float) -> str:
+    return f"{worker['name']} left {duration(now - worker['at'])} ago ({worker['reason']})"
 
 
 def _last(ledger: dict[str, float], what: str) -> str:

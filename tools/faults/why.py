@@ -48,8 +48,8 @@ FAULTS = [
     ),
     Fault("uninformative", "all responses are right", r"has \d groups: the last \d+ groups were all right or all wrong", "data"),
     Fault(
-        "weights", "a generator is stopped inside a broadcast", r"learner-0 waits for generator-0 to take version \d+ ",
-        "generator",
+        "weights", "a generator is stopped inside a broadcast",
+        r"learner-0 waits for generator-0 to take version \d+ .*; generator-0 is silent for 0:\d\d", "generator-0",
     ),
     Fault(
         "lag", "max_lag is 0, and the learner is slow",
