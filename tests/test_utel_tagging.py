@@ -20,9 +20,10 @@ from engine.utel.model import Utel
 from engine.utel.tagging import (
     Tagging,
     UtelTagger,
+    likeliest_tags,
     load_tagger,
     make_labels,
-    predict_tags,
+    predict_logits,
     save_tagger,
     to_labels,
     to_tags,
@@ -31,6 +32,11 @@ from tests.utel_pages import STILL, TINY, make_boxes, make_page, make_pieces, ma
 
 PIECES = make_pieces()
 BIES, BIO = make_labels(["a", "b"]), make_labels(["a", "b"], "BIO")
+
+
+def read(model: UtelTagger, pages: list[EncodedPage], **how: int) -> list[list[str]]:
+    """The likeliest tags of pages, as an evaluation takes them."""
+    return [likeliest_tags(logits, model.labels) for logits in predict_logits(model, PIECES, pages, **how)]
 
 
 def test_labels() -> None:
@@ -98,7 +104,7 @@ def test_eight_pages_are_learnt_by_heart() -> None:
         schedule.step()
         if loss < 0.01:
             break
-    scores = score_tags(tags, predict_tags(model, PIECES, pages))
+    scores = score_tags(tags, read(model, pages))
     assert scores.strict.micro.f1 > 0.99
     assert scores.missing_words == 0
 
@@ -140,7 +146,7 @@ def test_a_word_in_two_windows_is_tagged_where_it_is_in_the_middle() -> None:
         table[:, 0] = -1.0
         table[5:, 0] = 1.0  # from the fifth word of a window on
         model.classifier.weight[1, 0] = 1.0
-    tags = predict_tags(model, PIECES, [page], length=12, overlap=4)  # windows of 10: words 0-9, 6-15, 12-19
+    tags = read(model, [page], length=12, overlap=4)  # windows of 10: words 0-9, 6-15, 12-19
     by_hand = [0] * 4 + [1] * 4 + [0] * 2 + [1] * 4 + [0] * 2 + [1] * 4
     assert [int(tag == "B-a") for tag in tags[0]] == by_hand
 
@@ -149,9 +155,9 @@ def test_pages_of_any_length_and_none() -> None:
     torch.manual_seed(0)
     model = UtelTagger(Utel(STILL), BIES)
     pages = [make_page(PIECES, count, count) for count in (0, 1, 300, 7)]
-    tags = predict_tags(model, PIECES, pages, length=64, overlap=16, token_budget=200)
+    tags = read(model, pages, length=64, overlap=16, token_budget=200)
     assert [len(own) for own in tags] == [0, 1, 300, 7]
-    assert predict_tags(model, PIECES, []) == []
+    assert read(model, []) == []
     with pytest.raises(ValueError, match="page 'page-7': got 1 tags, expected one for each of the 7 words"):
         Tagging(BIES, PIECES).prepare([pages[3]], [["O"]])
 
@@ -163,7 +169,7 @@ def test_a_tagger_comes_back_with_its_labels(tmp_path: Path) -> None:
     save_tagger(tmp_path / "tagger", model, PIECES)
     loaded = load_tagger(tmp_path / "tagger")
     assert loaded.labels == tuple(BIES)
-    assert predict_tags(loaded, PIECES, pages) == predict_tags(model, PIECES, pages)
+    assert read(loaded, pages) == read(model, pages)
     encoder = load_utel(tmp_path / "tagger")
     assert all(torch.equal(weight, model.utel.state_dict()[name]) for name, weight in encoder.state_dict().items())
     save_folder(tmp_path / "encoder", model.utel, TINY, PIECES)

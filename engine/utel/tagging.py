@@ -134,20 +134,6 @@ class Tagging:
         return {"tag_loss": float(sums["tag_nll"][0]) / words, "tag_accuracy": float(sums["tag_right"][0]) / words}
 
 
-def predict_tags(
-    model: UtelTagger,
-    pieces: WordPiece,
-    pages: Sequence[EncodedPage],
-    *,
-    length: int = 512,
-    overlap: int = 128,
-    token_budget: int = 8192,
-) -> list[list[str]]:
-    """BIO tags, one a word, of whole pages: each word's likeliest label, see `predict_logits`."""
-    logits = predict_logits(model, pieces, pages, length=length, overlap=overlap, token_budget=token_budget)
-    return [likeliest_tags(own, model.labels) for own in logits]
-
-
 def likeliest_tags(logits: np.ndarray, labels: Sequence[str]) -> list[str]:
     """BIO tags of a page: each word's likeliest label, `logits` [words, labels]."""
     return to_tags(logits.argmax(axis=-1).tolist(), labels)
