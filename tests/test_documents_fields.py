@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import JsonlTask, PythonScore
-from engine.documents.fields import FieldScore, compare, extract_fields, grade, total
+from engine.documents.fields import FieldScore, compare, extract_fields, total
+from engine.documents.grading import Reference, grade_document
 from engine.documents.values import find_amount, find_date, has_cents, normal, read_amount, read_date, value_in
-from engine.rewards import RewardError, score
+from engine.scores import Score
 
 MARCH = "2018-03-29"
 
@@ -93,6 +93,13 @@ name = st.sampled_from(["company", "date", "due_date", "address", "total", "tax"
 labels = st.dictionaries(name, st.text(max_size=70) | st.dates().map(str) | st.decimals(0, 9999, places=2).map(str))
 
 
+def graded(text: str, labels: dict[str, str]) -> Score:
+    """A response held against the labels of a page on which nothing else is asked for."""
+    return grade_document(
+        text, Reference(id="a", wanted=list(labels), labels=labels, missed=0, words=[], boxes=[]), None
+    )
+
+
 @settings(deadline=None)
 @given(labels, st.randoms())
 def test_labels_graded_by_themselves_are_perfect_in_any_order_and_spacing(labels: dict[str, str], random) -> None:
@@ -102,8 +109,8 @@ def test_labels_graded_by_themselves_are_perfect_in_any_order_and_spacing(labels
     for predicted in (labels, dict(items)):
         assert total(compare(predicted, labels).values()).f1 == 1.0
     answer = json.dumps(dict(items), indent=random.choice([None, 2]))
-    result = grade(f"Here it is:\n```json\n{answer}\n```\n", {"row": {"fields": labels}})
-    assert result == {"correct": True, "reward": 1.0, "precision": 1.0, "recall": 1.0}
+    result = graded(f"Here it is:\n```json\n{answer}\n```\n", labels)
+    assert (result.correct, result.reward) == (True, 1.0)
 
 
 @settings(deadline=None)
@@ -122,7 +129,7 @@ text_like_json = st.text(alphabet='{}[]",:\\ \n`1aé-.eE', max_size=200)
 def test_garbage_gives_fields_or_none_and_never_raises(text: str) -> None:
     fields = extract_fields(text)
     assert all(isinstance(value, str) and value.strip() == value != "" for value in fields.values())
-    grade(text, {"row": {"fields": {"total": "1"}}})
+    graded(text, {"total": "1"})
 
 
 @pytest.mark.parametrize(
@@ -161,18 +168,3 @@ def test_a_hostile_response_costs_little(text: str) -> None:
     for field in ("date", "total"):
         normal(field, text)
     assert time.monotonic() - start < 3.0
-
-
-def test_it_is_a_scoring_function_of_a_task() -> None:
-    task = JsonlTask(
-        path="x.jsonl", prompt="{prompt}", answer="{fields}",
-        score=PythonScore(function="engine.documents.fields:grade"),
-    )  # fmt: skip
-    document = json.dumps({"answer": "", "row": {"fields": {"total": "7.10", "date": "29/03/2018"}}})
-    result = score(task, '{"total": "RM 7.1"}', document)
-    assert (result.correct, result.reward) == (False, pytest.approx(2 / 3))
-    assert result.parts == {"precision": 1.0, "recall": 0.5}
-    more = score(task, '{"total": "7.10", "date": "29 MAR 2018", "tax": "1"}', document)
-    assert (more.correct, more.reward) == (False, pytest.approx(4 / 5))
-    with pytest.raises(RewardError, match=r"row\.fields: expected an object of texts"):
-        grade("{}", {"row": {"text": 1}})

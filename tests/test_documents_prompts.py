@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import JsonlTask, PythonScore
 from engine.documents.page import Page
-from engine.documents.prompts import extraction_prompt, extraction_row, page_text
-from engine.rewards import score
-from engine.tasks import Source
+from engine.documents.prompts import extraction_prompt, page_text
 
 PAGE = Page(
     id="r1",
@@ -73,19 +68,3 @@ def test_the_budget_holds_and_no_row_is_lost_within_it(placed: list, room: int) 
         assert prompt == question + "\n".join(texts)
     else:
         assert " rows left out]" in prompt
-
-
-def test_a_row_is_a_prompt_of_a_task_and_its_answer_is_right(tmp_path: Path) -> None:
-    row = extraction_row(PAGE, ["company", "total", "tax"], max_characters=1000)
-    assert row["fields"] == {"company": "ACME SDN BHD", "total": "7.10"}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    task = JsonlTask(
-        path=str(path), solution="{answer}", held_out=0, score=PythonScore(function="engine.documents.fields:grade")
-    )
-    drawn = Source([task], seed=1)[0]
-    assert drawn.prompt == row["prompt"]
-    assert drawn.solution is not None
-    result = score(task, f"```json\n{drawn.solution}\n```", drawn.answer)
-    assert (result.correct, result.reward) == (True, 1.0)
-    assert score(task, "no idea", drawn.answer).reward == 0.0

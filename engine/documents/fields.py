@@ -1,4 +1,4 @@
-"""Grading extracted fields: the JSON object in a model's text, compared field by field with a page's labels."""
+"""Extracted fields: the JSON object in a model's text, and how two sides compare field by field."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from engine.documents.values import normal
-from engine.scores import RewardError
 
 LAST_PLACES = 100
 """An object is looked for at the last this many places of a text where one can begin: the bound on the work."""
@@ -126,23 +124,3 @@ def _as_text(value: object) -> str | None:
             parts = [part for entry in value if not isinstance(entry, list) and (part := _as_text(entry)) is not None]
             return " ".join(parts) or None
     return None
-
-
-# --- the scoring function of extraction tasks ----------------------------------------------------------------------
-
-
-def grade(text: str, document: Mapping[str, Any]) -> dict[str, float | bool]:
-    """The scoring function of an extraction task (`score = {type = "python", function = "engine.documents.fields:grade"}`):
-    the reward is the field F1 of the response, and it is right when every field is. The row's labels are its `fields`,
-    as `prompts.extraction_row` writes them. Raises `RewardError` for a row without such labels."""
-    try:
-        labels = msgspec.convert(document["row"]["fields"], dict[str, str])
-    except (KeyError, TypeError, msgspec.ValidationError) as error:
-        raise RewardError(f"row.fields: expected an object of texts, the page's labels: {error!r}") from error
-    score = total(compare(extract_fields(text), labels).values())
-    return {
-        "correct": score.matched == score.predicted == score.labelled,
-        "reward": score.f1,
-        "precision": score.precision,
-        "recall": score.recall,
-    }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -67,18 +65,6 @@ def extraction_prompt(
         )
     before, _, behind = asked.partition("{page}")
     return before + "\n".join(_fitted(texts, room)) + behind
-
-
-def extraction_row(page: Page, fields: Sequence[str], *, max_characters: int) -> dict[str, Any]:
-    """A row for a jsonl task scored by `engine.documents.fields:grade`: `prompt`, `fields` (the page's labels of these names)
-    and `answer`, the same as the text of a JSON object."""
-    labels = {name: page.fields[name] for name in fields if name in page.fields}
-    return {
-        "id": page.id,
-        "prompt": extraction_prompt(page, fields, max_characters=max_characters),
-        "fields": labels,
-        "answer": json.dumps(labels, ensure_ascii=False),
-    }
 
 
 def _apart(page: Page, left: int, right: int) -> bool:
