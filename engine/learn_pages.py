@@ -7,7 +7,7 @@ denominators were counted over all ranks before. What a page is asked is a funct
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,10 @@ class PageLearner:
             prepared = self._prepare(batch, step)
             totals.add(prepared.sums)
             denominators = self._over_ranks(prepared.counts)
-            loss = self.trained.gradient(self._losses(prepared, denominators, totals), 0)
+            micro_batches = self.objective.micro_batches(
+                prepared, token_budget=self.settings.token_budget, device=self.device
+            )
+            loss = self.trained.gradient(self._losses(micro_batches, denominators, totals), len(micro_batches))
             norm = self.trained.norm(loss, f"step {step}, update {index + 1} of {len(updates)}")
             self.trained.step(rate, norm)
             losses.append(loss)
@@ -155,11 +158,12 @@ class PageLearner:
         tagged = [(page, own) for page, own in zip(pages, tags, strict=True) if own is not None]
         return self.objective.prepare([page for page, _ in tagged], [own for _, own in tagged])
 
-    def _losses(self, prepared: Any, denominators: Mapping[str, float], totals: Totals) -> Iterator[Tensor]:
+    def _losses(
+        self, micro_batches: Iterable[Any], denominators: Mapping[str, float], totals: Totals
+    ) -> Iterator[Tensor]:
         objective: Any = self.objective  # two classes of one shape
-        batches = objective.micro_batches(prepared, token_budget=self.settings.token_budget, device=self.device)
-        for batch in batches:
-            loss, sums = objective.loss(self.model, batch, denominators)
+        for micro_batch in micro_batches:
+            loss, sums = objective.loss(self.model, micro_batch, denominators)
             yield loss
             totals.add(sums)
 

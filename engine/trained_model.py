@@ -73,8 +73,8 @@ class TrainedModel(ABC):
         return settings.lr * share
 
     def gradient(self, losses: Iterable[Tensor], count: int) -> float:
-        """Collects the gradient of an update, over all ranks; the loss. `losses` are those of its `count` micro-batches, made
-        one after another."""
+        """Collects the gradient of an update, over all ranks; the loss. `losses` are those of its `count` micro-batches, each
+        made once the one before is done with: an iterator, so that one micro-batch at a time is in memory."""
         self._start_gradient()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, loss in enumerate(losses):
