@@ -58,7 +58,6 @@ def main(
     stops: Annotated[str, typer.Option(help="Seconds that a stopped process stays so, one of these.")] = "6,13",
 ) -> None:
     """Kill processes of a real run at random moments; check that it recovers by itself and that its log keeps its word."""
-    console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
     settings, earlier = Settings(
         config=str(config), overrides=set or [], out=(out or Path(tempfile.mkdtemp(prefix="headrace-chaos-"))).resolve(),
         kills=kills, power_cuts=power_cuts, seed=seed, recover_s=recover, limit_s=limit, pause_s=pause,
@@ -66,15 +65,25 @@ def main(
     ), None  # fmt: skip
     if resume is not None:
         settings, earlier, json_path = *_earlier(resume, limit), json_path or resume
+    result = _campaign(settings, earlier, json_path, Console(highlight=False, soft_wrap=True))
+    raise typer.Exit(1 if result.violations or result.unmade else 0)
+
+
+def _campaign(settings: Settings, earlier: Result | None, json_path: Path | None, console: Console) -> Result:
+    """Runs it to its end, says what comes of it, and keeps `json_path` up to date."""
+    began = time.monotonic()
     console.print(
         f"chaos: {settings.kills} faults, {settings.cuts} network cuts and {settings.power_cuts} power cuts, seed "
         f"{settings.seed}; runs in {settings.out}"
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended too
 
-    def tell() -> None:
+    def keep() -> None:
         if json_path is not None:
             write(json_path, settings, campaign.result, seconds=time.monotonic() - began)
+
+    def tell() -> None:
+        keep()
         if campaign.result.runs[-1].checked:
             _print(campaign.result, console)
 
@@ -87,14 +96,12 @@ def main(
         except BaseException:  # stopped by hand: what was found until then counts
             _print(campaign.result, console)
             raise
-    if json_path is not None:
-        write(json_path, settings, result, seconds=time.monotonic() - began)
-    made = len(result.outcomes)
+    keep()
     console.print(
-        f"{made} faults, {len(result.violations)} violations"
+        f"{len(result.outcomes)} faults, {len(result.violations)} violations"
         + (f", {result.unmade} not made for want of time" if result.unmade else "")
     )
-    raise typer.Exit(1 if result.violations or result.unmade else 0)
+    return result
 
 
 def _earlier(path: Path, limit_s: float) -> tuple[Settings, Result]:
