@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
@@ -20,7 +19,7 @@ from transformers.initialization import no_init_weights
 from engine.attention import NAME
 from engine.config import ConfigError
 from engine.devices import resolve_device
-from engine.models import DTYPES, hidden_states, quiet, read_config
+from engine.models import DTYPES, hidden_states, quiet, read_config, read_weights, refuse_missing
 from engine.packing import Pack
 
 HEAD = "score"
@@ -74,29 +73,16 @@ def folder_settings(critic: PreTrainedModel) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path, config: PretrainedConfig, dtype: str, *, fresh: bool) -> PreTrainedModel:
-    where = f"critic {folder}"
-    try:
-        with quiet():
-            model, report = AutoModelForTokenClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=DTYPES[dtype],
-                attn_implementation=NAME,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{where}: cannot be read as a critic: {error}") from error
-    missing = sorted(report["missing_keys"])
+    unreadable = f"critic {folder}: cannot be read as a critic"
+    with quiet():
+        model, missing = read_weights(AutoModelForTokenClassification, folder, config, dtype, unreadable=unreadable)
     if fresh:
         head = model.get_submodule(HEAD)
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.zero_()
         missing = [name for name in missing if not name.startswith(f"{HEAD}.")]
-    if missing:
-        raise ConfigError(f"{where}: {len(missing)} weights are missing from its files, the first is {missing[0]}")
+    refuse_missing(missing, f"critic {folder}")
     return model
 
 

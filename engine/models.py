@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
@@ -51,7 +52,7 @@ def load_model(path: str | Path, *, dtype: str, device: str, weights: bool = Tru
     where = f"model {path}"
     target = resolve_device(device)
     with quiet():
-        model = _read_weights(path, config, dtype) if weights else _architecture(config, dtype, where)
+        model = _causal_model(path, config, dtype) if weights else _architecture(config, dtype, where)
     _check_model(model, where)
     model = model.to(target)
     if not weights:
@@ -196,10 +197,19 @@ def _check_model(model: PreTrainedModel, where: str) -> None:
         raise ConfigError(f"{where}: {type(model).__name__} does not take an attention function in transformers")
 
 
-def _read_weights(path: Path, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+def read_weights(
+    kind: type[AutoModelForCausalLM] | type[AutoModelForTokenClassification],
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: str,
+    *,
+    unreadable: str,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A folder's model of this kind, and the names of the weights that its files lack, sorted. Raises `ConfigError`, whose
+    text begins with `unreadable`."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
+        model, report = kind.from_pretrained(
+            folder,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=NAME,
@@ -208,10 +218,20 @@ def _read_weights(path: Path, config: PretrainedConfig, dtype: str) -> PreTraine
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model {path}: weights are not readable: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ConfigError(f"model {path}: {len(missing)} weights are missing from its files, the first is {missing[0]}")
+        raise ConfigError(f"{unreadable}: {error}") from error
+    return model, sorted(report["missing_keys"])
+
+
+def refuse_missing(missing: Sequence[str], where: str) -> None:
+    """Raises `ConfigError` where weights are missing."""
+    if missing:
+        raise ConfigError(f"{where}: {len(missing)} weights are missing from its files, the first is {missing[0]}")
+
+
+def _causal_model(path: Path, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    unreadable = f"model {path}: weights are not readable"
+    model, missing = read_weights(AutoModelForCausalLM, path, config, dtype, unreadable=unreadable)
+    refuse_missing(missing, f"model {path}")
     return model
 
 
