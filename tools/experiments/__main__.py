@@ -21,34 +21,30 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from engine.config import ConfigError, JsonlTask, load_config
+from engine.config import JsonlTask, load_config
 from tools.benchmarks.__main__ import machine
 from tools.experiments import picture
 from tools.experiments.arms import SETS, Arm, Comparison, Task, changes
 from tools.experiments.figures import Measured, measured, summarize
-from tools.experiments.runs import Experiment, execute_all
+from tools.experiments.runs import Experiment, execute_all, exit_code
 
 WIDTH = 132
 """Columns of a table that goes to a file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs and reports; 0, 1 when a run failed, 2 for settings that cannot be used, 130 after Ctrl-C."""
+    """Runs and reports; the exit code, see `runs.exit_code`."""
     options = _options(arguments)
-    try:
-        experiments = {name: _experiment(SETS[name], options) for name in options.tables}
-        failed = [] if options.report else _run(experiments, options)
-        for name, experiment in experiments.items():
-            report(experiment, name, options)
-    except ConfigError as error:
-        print(f"vcppo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vcppo: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    for text in failed:
-        print(f"vcppo: {text}", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_code("vcppo", lambda: _compare(options))
+
+
+def _compare(options: argparse.Namespace) -> list[str]:
+    """All tables; the runs that failed."""
+    experiments = {name: _experiment(SETS[name], options) for name in options.tables}
+    failed = [] if options.report else _run(experiments, options)
+    for name, experiment in experiments.items():
+        report(experiment, name, options)
+    return failed
 
 
 def report(experiment: Experiment, name: str, options: argparse.Namespace) -> None:

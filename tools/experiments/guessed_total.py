@@ -21,13 +21,11 @@ sums once more, from one bit a response, and in thousands of responses it did no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated
 
 import typer
 from msgspec import Struct
 
-from tools.experiments.running_total import LETTERS, Problem, distinct, write
+from tools.experiments.running_total import LETTERS, Problem, command, distinct
 
 MODULUS = 5
 EARLY = 2
@@ -93,16 +91,7 @@ def _digits(draw: Callable[[], float]) -> Digits:
     return int(draw() * MODULUS), int(draw() * MODULUS)
 
 
-def main(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="The .jsonl file to write.")],
-    count: Annotated[int, typer.Option(min=1)] = 5000,
-    seed: int = 0,
-    shortest: Annotated[int, typer.Option(min=1, help="Lines of the shortest problem.")] = 13,
-    longest: Annotated[int, typer.Option(max=len(LETTERS), help="Lines of the longest problem.")] = 21,
-) -> None:
-    """Write the task's rows."""
-    write(path, problems(count, seed, shortest=shortest, longest=longest))
-    print(f"{count} rows in {path}")
+main = command(problems, count=5000, shortest=13, longest=21)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import typer
 from msgspec import Struct
@@ -106,16 +106,30 @@ def write(path: Path, rows: Sequence[Problem]) -> None:
     temporary.replace(path)
 
 
-def main(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="The .jsonl file to write.")],
-    count: Annotated[int, typer.Option(min=1)] = 20_000,
-    seed: int = 0,
-    shortest: Annotated[int, typer.Option(min=1, help="Lines of the shortest problem.")] = 9,
-    longest: Annotated[int, typer.Option(max=len(LETTERS), help="Lines of the longest problem.")] = 21,
-) -> None:
-    """Write the task's rows."""
-    write(path, problems(count, seed, shortest=shortest, longest=longest))
-    print(f"{count} rows in {path}")
+class Drawn(Protocol):
+    """A task's `problems`."""
+
+    def __call__(self, count: int, seed: int, *, shortest: int, longest: int) -> list[Problem]: ...
+
+
+def command(problems: Drawn, *, count: int, shortest: int, longest: int) -> Callable[..., None]:
+    """The command that writes a task's rows to a file, with these numbers where it is told no others."""
+
+    def main(
+        path: Annotated[Path, typer.Argument(metavar="FILE", help="The .jsonl file to write.")],
+        count: Annotated[int, typer.Option(min=1)] = count,
+        seed: int = 0,
+        shortest: Annotated[int, typer.Option(min=1, help="Lines of the shortest problem.")] = shortest,
+        longest: Annotated[int, typer.Option(max=len(LETTERS), help="Lines of the longest problem.")] = longest,
+    ) -> None:
+        """Write the task's rows."""
+        write(path, problems(count, seed, shortest=shortest, longest=longest))
+        print(f"{count} rows in {path}")
+
+    return main
+
+
+main = command(problems, count=20_000, shortest=9, longest=21)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from msgspec import Struct
 
-from engine.config import Config, load_config
+from engine.config import Config, ConfigError, load_config
 from engine.critic import FOLDER
 from tools.experiments.arms import Arm, Task
 from workers.run_folder import complete, log_path
@@ -33,6 +33,22 @@ class Job(Protocol):
     @property
     def done(self) -> bool: ...
     def execute(self) -> None: ...
+
+
+def exit_code(program: str, compare: Callable[[], list[str]]) -> int:
+    """What a command that compares runs ends with, once `compare` has come to the runs that failed: 0, 1 when there are some, 2
+    for settings that cannot be used, 130 after Ctrl-C. It says so on stderr."""
+    try:
+        failed = compare()
+    except ConfigError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    for text in failed:
+        print(f"{program}: {text}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 class Experiment(Struct, frozen=True):

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from engine.config import ConfigError, load_config
 from tools.benchmarks.__main__ import machine
-from tools.experiments.runs import Run, execute_all
+from tools.experiments.runs import Run, execute_all, exit_code
 from tools.experiments.utel_arms import (
     PRETRAINING,
     TABLES,
@@ -42,19 +42,9 @@ WIDTH = 150
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs and reports; 0, 1 when a run failed, 2 for settings that cannot be used, 130 after Ctrl-C."""
+    """Runs and reports; the exit code, see `runs.exit_code`."""
     options = _options(arguments)
-    try:
-        failed = [text for name in options.tables for text in _table(name, options)]
-    except ConfigError as error:
-        print(f"utel_ablation: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("utel_ablation: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    for text in failed:
-        print(f"utel_ablation: {text}", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_code("utel_ablation", lambda: [text for name in options.tables for text in _table(name, options)])
 
 
 def experiment_of(name: str, options: argparse.Namespace) -> PageExperiment:
