@@ -14,21 +14,12 @@ from pathlib import Path
 import pytest
 import zmq
 from stored_run import small_run
+from trial import CONFIG
 
 from engine.config import load_config
 from engine.models import create_model
 
 ROOT = Path(__file__).parent.parent
-CONFIG = """
-name = "trial"
-steps = 3
-model = { type = "new", alphabet = "0123456789+= ", hidden = 16, layers = 1, heads = 2, kv_heads = 1, context = 64 }
-objective = { type = "dapo" }
-buffer = { groups_per_step = 2, samples_per_group = 2, prompt_tokens = 16 }
-generator = { sampling = { max_tokens = 8 } }
-learner = { lr = 1e-3, token_budget = 64 }
-tasks = [{ type = "jsonl", path = "rows.jsonl", chat = false, score = { type = "exact" }, held_out = 0 }]
-"""
 
 
 @pytest.fixture
