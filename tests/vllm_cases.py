@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
 from pathlib import Path
 
@@ -124,8 +123,11 @@ def alive(process: int) -> bool:
     return "\nState:\tZ" not in (status := _read(Path(f"/proc/{process}/status"))) and status != ""
 
 
-def here() -> int:
-    return os.getpid()
+def none_alive(processes: list[int], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while left := [process for process in processes if alive(process)]:
+        assert time.monotonic() < deadline, f"still there after {within_s} s: {left}"
+        time.sleep(0.05)
 
 
 def _read(path: Path) -> str:
