@@ -18,7 +18,8 @@ from engine.generate_canary import TEMPERATURE, Canary, Expected
 from engine.generate_requests import Draws, Engine, EngineLost, Progress
 from engine.responses import Job, Response
 from engine.ticket_queue import TicketQueue
-from protocols.messages import HandBack, Held, Rollout, Ticket
+from protocols.link_messages import Held
+from protocols.messages import HandBack, Rollout, Ticket
 
 
 @dataclass(slots=True)

@@ -26,7 +26,8 @@ from engine.responses import Job, Response, TicketRefused
 from engine.running import Running
 from engine.sampling import draw, uniforms
 from engine.ticket_queue import TicketQueue
-from protocols.messages import HandBack, Held, Rollout, Ticket
+from protocols.link_messages import Held
+from protocols.messages import HandBack, Rollout, Ticket
 
 __all__ = ["TicketRefused", "TorchGenerator", "WeightsRefused"]
 

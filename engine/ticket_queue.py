@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from engine.responses import Job, check_ticket
-from protocols.messages import Held, Ticket
+from protocols.link_messages import Held
+from protocols.messages import Ticket
 
 
 class TicketQueue:

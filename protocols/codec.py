@@ -16,7 +16,8 @@ import msgpack
 import msgspec
 import numpy as np
 
-from protocols.messages import BOOL, FLOAT, INT, PROTOCOL, Message
+from protocols.link_messages import PROTOCOL
+from protocols.messages import BOOL, FLOAT, INT, Message
 
 ARRAY = 1
 HEADER_LIMIT = 4 << 20

@@ -9,10 +9,11 @@ from typing import TypeVar
 from protocols.codec import encode
 from protocols.link_errors import LinkError, LinkRefused, LinkTimeout
 from protocols.link_keys import WorkerKeys, require_keys
+from protocols.link_messages import Ack, Goodbye, Heartbeat, Held, Hello, StatusRequest, Welcome
 from protocols.link_outbox import size_of
 from protocols.link_socket import MAX_MESSAGE_BYTES
 from protocols.link_thread import LinkThread, Shared
-from protocols.messages import Ack, Goodbye, Heartbeat, Held, Hello, Message, StatusRequest, Welcome
+from protocols.messages import Message
 
 UNACKNOWLEDGED_BYTES = 512 << 20
 """`send` waits while this much is on its way: the buffer, not the worker's memory, sets the pace."""

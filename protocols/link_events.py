@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from protocols.messages import Hello, Message
+from protocols.link_messages import Hello
+from protocols.messages import Message
 
 
 class Joined(Struct, frozen=True):

@@ -22,7 +22,7 @@ import zmq
 from msgspec import Struct
 
 from protocols.link_errors import LinkError
-from protocols.messages import Role
+from protocols.link_messages import Role
 
 BUFFER = "buffer"
 ROLES: tuple[str, ...] = get_args(Role)

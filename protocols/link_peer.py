@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
+from protocols.link_messages import Ack
 from protocols.link_outbox import Outbox
-from protocols.messages import Ack
 
 
 @dataclass(slots=True)

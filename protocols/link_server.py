@@ -13,11 +13,12 @@ from protocols.codec import Frame, Malformed, decode, encode
 from protocols.link_entrance import Entrance
 from protocols.link_events import Event, Joined, Left, Received
 from protocols.link_keys import BufferKeys
+from protocols.link_messages import PROTOCOL, Ack, Goodbye, Heartbeat, Hello, StatusRequest, Welcome
 from protocols.link_outbox import size_of
 from protocols.link_peer import Peer
 from protocols.link_rights import FROM_WORKERS, SAID_BY
 from protocols.link_socket import HELLO_FIRST, MAX_MESSAGE_BYTES, session_of
-from protocols.messages import PROTOCOL, Ack, Goodbye, Heartbeat, Hello, Message, StatusRequest, Welcome
+from protocols.messages import Message
 
 __all__ = ["STRIKES", "Event", "Joined", "Left", "Received", "Server"]
 

@@ -15,9 +15,10 @@ from zmq.utils.monitor import parse_monitor_message
 from protocols.codec import Malformed, decode, encode
 from protocols.link_errors import LinkError, LinkRefused
 from protocols.link_keys import WorkerKeys
+from protocols.link_messages import Ack, Goodbye, Heartbeat, Hello, Welcome
 from protocols.link_outbox import Outbox
 from protocols.link_socket import HELLO_FIRST, open_socket
-from protocols.messages import Ack, Goodbye, Heartbeat, Hello, Message, Welcome
+from protocols.messages import Message
 
 CONFIRM_S, CONFIRM_MESSAGES = 0.05, 200
 """What has arrived is confirmed after this time or number, whichever is first."""

@@ -1,4 +1,5 @@
-"""Everything that crosses a process boundary, as frozen structs.
+"""Everything that crosses a process boundary, as frozen structs: here the work, in `protocols.link_messages` what the link is
+kept up with.
 
 Every struct checks itself in `__post_init__`, which runs both when it is made and when it is decoded, so a bad
 message cannot exist on either side. Arrays are numpy, little endian, and read-only after decoding.
@@ -10,15 +11,14 @@ Three shapes carry a rollout end to end: `Ticket` (buffer to generator), `Rollou
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from msgspec import Struct
 
-PROTOCOL = 2
-"""Version of this file's contents. Peers of another version are refused by name."""
+from protocols.link_messages import Ack, Announce, Goodbye, Heartbeat, Hello, Status, StatusRequest, Welcome
+from protocols.message_checks import check, check_array
 
-Role = Literal["generator", "reward", "learner", "observer"]
 Finish = Literal["stop", "length"]
 Verdict = Literal["graded", "timeout", "crash", "infra"]
 
@@ -27,29 +27,16 @@ FLOAT = np.dtype("<f4")
 BOOL = np.dtype("|b1")
 
 
-def _check(ok: bool, what: str, got: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{what}: got {got!r}, expected {expected}")
-
-
-def _check_array(what: str, array: np.ndarray, dtype: np.dtype, length: int | None = None) -> None:
-    _check(isinstance(array, np.ndarray), what, type(array).__name__, "a numpy array")
-    if array.dtype != dtype or array.ndim != 1:  # tested first: to print a dtype costs more than the rest of a decode
-        _check(False, what, f"{array.dtype}{list(array.shape)}", f"{dtype} of one axis")
-    if length is not None:
-        _check(array.shape[0] == length, what, array.shape[0], f"{length} entries")
-
-
 def _check_tokens(where: str, tokens: np.ndarray, logprobs: np.ndarray, versions: list[tuple[int, int]]) -> None:
-    _check_array(f"{where}.tokens", tokens, INT)
-    _check_array(f"{where}.logprobs", logprobs, FLOAT, tokens.shape[0])
+    check_array(f"{where}.tokens", tokens, INT)
+    check_array(f"{where}.logprobs", logprobs, FLOAT, tokens.shape[0])
     # Reduced without an array in between; the largest of values with a NaN among them is NaN, and fails too.
-    _check(not tokens.size or bool(tokens.min() >= 0), f"{where}.tokens", "a negative id", "ids >= 0")
+    check(not tokens.size or bool(tokens.min() >= 0), f"{where}.tokens", "a negative id", "ids >= 0")
     largest_fits = not logprobs.size or bool(logprobs.max() <= 1e-3)
-    _check(largest_fits, f"{where}.logprobs", "a positive or NaN value", "log-probabilities <= 0")
+    check(largest_fits, f"{where}.logprobs", "a positive or NaN value", "log-probabilities <= 0")
     runs = sum(count for _, count in versions)
-    _check(runs == tokens.shape[0], f"{where}.versions", f"runs over {runs} tokens", f"{tokens.shape[0]} tokens")
-    _check(
+    check(runs == tokens.shape[0], f"{where}.versions", f"runs over {runs} tokens", f"{tokens.shape[0]} tokens")
+    check(
         all(count > 0 and 0 <= version < 1 << 31 for version, count in versions),
         f"{where}.versions",
         versions,
@@ -66,10 +53,10 @@ class Sampling(Struct, frozen=True):
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "at least 1")
-        _check(0 < self.temperature < math.inf, "sampling.temperature", self.temperature, "a positive number")
-        _check(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
-        _check(self.top_k >= 0, "sampling.top_k", self.top_k, "at least 0")
+        check(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "at least 1")
+        check(0 < self.temperature < math.inf, "sampling.temperature", self.temperature, "a positive number")
+        check(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
+        check(self.top_k >= 0, "sampling.top_k", self.top_k, "at least 0")
 
 
 class Partial(Struct, frozen=True, eq=False):
@@ -85,7 +72,7 @@ class Partial(Struct, frozen=True, eq=False):
     versions: list[tuple[int, int]]
 
     def __post_init__(self) -> None:
-        _check(self.sample >= 0, "partial.sample", self.sample, "at least 0")
+        check(self.sample >= 0, "partial.sample", self.sample, "at least 0")
         _check_tokens("partial", self.tokens, self.logprobs, self.versions)
 
 
@@ -107,15 +94,15 @@ class Ticket(Struct, frozen=True, tag="ticket", eq=False):
     resume: list[Partial] = []
 
     def __post_init__(self) -> None:
-        _check(self.group >= 0 and self.fence >= 0, "ticket", (self.group, self.fence), "group and fence >= 0")
-        _check(
+        check(self.group >= 0 and self.fence >= 0, "ticket", (self.group, self.fence), "group and fence >= 0")
+        check(
             len(self.samples) == len(set(self.samples)) > 0,
             "ticket.samples",
             self.samples,
             "distinct indices, at least one",
         )
-        _check_array("ticket.prompt", self.prompt, INT)
-        _check(self.prompt.shape[0] > 0, "ticket.prompt", 0, "at least one token")
+        check_array("ticket.prompt", self.prompt, INT)
+        check(self.prompt.shape[0] > 0, "ticket.prompt", 0, "at least one token")
 
 
 class Rollout(Struct, frozen=True, tag="rollout", eq=False):
@@ -138,13 +125,13 @@ class Rollout(Struct, frozen=True, tag="rollout", eq=False):
     finished_at: float
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             min(self.group, self.sample, self.fence) >= 0, "rollout", (self.group, self.sample, self.fence), "ids >= 0"
         )
         _check_tokens("rollout", self.tokens, self.logprobs, self.versions)
-        _check(self.tokens.shape[0] > 0, "rollout.tokens", 0, "at least one token")
+        check(self.tokens.shape[0] > 0, "rollout.tokens", 0, "at least one token")
         times = (self.started_at, self.finished_at)
-        _check(all(map(math.isfinite, times)), "rollout times", times, "finite numbers")
+        check(all(map(math.isfinite, times)), "rollout times", times, "finite numbers")
 
 
 class HandBack(Struct, frozen=True, tag="hand_back", eq=False):
@@ -156,7 +143,7 @@ class HandBack(Struct, frozen=True, tag="hand_back", eq=False):
     partials: list[Partial] = []
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             {p.sample for p in self.partials} <= set(self.samples),
             "hand_back.partials",
             [p.sample for p in self.partials],
@@ -192,9 +179,9 @@ class Grade(Struct, frozen=True, tag="grade"):
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(math.isfinite(self.reward), "grade.reward", self.reward, "a finite number")
-        _check(math.isfinite(self.seconds), "grade.seconds", self.seconds, "a finite number")
-        _check(all(math.isfinite(x) for x in self.parts.values()), "grade.parts", self.parts, "finite numbers")
+        check(math.isfinite(self.reward), "grade.reward", self.reward, "a finite number")
+        check(math.isfinite(self.seconds), "grade.seconds", self.seconds, "a finite number")
+        check(all(math.isfinite(x) for x in self.parts.values()), "grade.parts", self.parts, "finite numbers")
 
 
 class PlanRequest(Struct, frozen=True, tag="plan_request"):
@@ -263,8 +250,8 @@ class Batch(Struct, frozen=True, tag="batch", eq=False):
             ("rewards", FLOAT, m), ("correct", BOOL, m), ("truncated", BOOL, m),
         ]  # fmt: skip
         for name, dtype, length in columns:
-            _check_array(f"batch.{name}", getattr(self, name), dtype, length)
-        _check(int(self.sizes.sum()) == m, "batch.sizes", int(self.sizes.sum()), f"{m} responses in all")
+            check_array(f"batch.{name}", getattr(self, name), dtype, length)
+        check(int(self.sizes.sum()) == m, "batch.sizes", int(self.sizes.sum()), f"{m} responses in all")
 
 
 class StepCommit(Struct, frozen=True, tag="step_commit"):
@@ -282,105 +269,8 @@ class StepCommit(Struct, frozen=True, tag="step_commit"):
     fingerprints: dict[str, str] = {}
 
 
-class Announce(Struct, frozen=True, tag="announce"):
-    """Learner to buffer to every generator: where the weight group's rendezvous store listens, and the token that it asks
-    for (none on one machine)."""
-
-    host: str
-    port: int
-    token: str = ""
-
-    def __repr__(self) -> str:
-        return f"Announce(host={self.host!r}, port={self.port})"
-
-
-class Held(Struct, frozen=True):
-    """One ticket a generator still works on; naming it in a heartbeat renews its lease."""
-
-    group: int
-    fence: int
-
-
-class Heartbeat(Struct, frozen=True, tag="heartbeat"):
-    """Worker to buffer, every few seconds: I live, this is what I do or wait for, since when (Unix seconds), and who owes
-    it (a role; empty where I work). `version` is that of the weights that a generator serves or a learner has published;
-    None while there are none, and a generator gets no tickets until then."""
-
-    state: str
-    since: float
-    version: int | None = None
-    held: list[Held] = []
-    counters: dict[str, float] = {}
-    owes: str = ""
-
-
-class Hello(Struct, frozen=True, tag="hello"):
-    """The first message of every worker. `capacity` is its credit: how many samples (generator) or grade tasks
-    (reward) it will hold at once; the buffer never has more outstanding with it."""
-
-    role: Role
-    name: str
-    host: str
-    pid: int
-    capacity: int = 0
-    protocol: int = PROTOCOL
-
-    def __post_init__(self) -> None:
-        _check(0 <= self.capacity <= 1_000_000, "hello.capacity", self.capacity, "0 to 1000000")
-        _check(
-            0 < len(self.name) <= 80 and self.name.isprintable(),
-            "hello.name",
-            self.name,
-            "1 to 80 printable characters",
-        )
-
-
-class Welcome(Struct, frozen=True, tag="welcome"):
-    """Buffer's answer to Hello. `weights` is where to get weights, once a learner has announced it."""
-
-    run: str
-    heartbeat_s: float
-    step: int
-    weights: Announce | None = None
-
-
-class Ack(Struct, frozen=True, tag="ack"):
-    """Buffer to worker: the `count` messages up to this id are durable (or one was refused; then `refused` says why)."""
-
-    id: int
-    refused: str | None = None
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        _check(self.count >= 1, "ack.count", self.count, "at least 1")
-
-
-class StatusRequest(Struct, frozen=True, tag="status_request"):
-    """Anyone to buffer: how does the run stand?"""
-
-
-class Status(Struct, frozen=True, tag="status"):
-    """Buffer to asker: plain numbers and the latest heartbeat of every worker, for the view and `headrace status`. `gone`
-    are the workers that left last and have not come back: name, role, reason, and when (Unix seconds)."""
-
-    run: str
-    step: int
-    steps: int
-    done: bool
-    ledger: dict[str, float]
-    workers: list[dict[str, Any]]
-    metrics: dict[str, float]
-    evals: list[dict[str, float]]
-    gone: list[dict[str, Any]] = []
-
-
-class Goodbye(Struct, frozen=True, tag="goodbye"):
-    """Either side: I leave now. From the buffer it means that the run is over (`reason` says why)."""
-
-    reason: str
-
-
 Message = (
     Ticket | Rollout | HandBack | GradeTask | Grade | PlanRequest | Plan | Pull | Batch | StepCommit | Announce | Heartbeat
     | Hello | Welcome | Ack | StatusRequest | Status | Goodbye
 )  # fmt: skip
+"""Every message, of both files."""

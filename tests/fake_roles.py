@@ -23,7 +23,7 @@ from pathlib import Path
 
 from engine.config import Config, load_config
 from protocols.link import Client, Joined, Received, Server
-from protocols.messages import Goodbye, Hello, Status, StatusRequest
+from protocols.link_messages import Goodbye, Hello, Status, StatusRequest
 from workers.metrics import MetricsWriter, read_metrics
 
 KEYS = ("--join", "--name", "--address", "--set")

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from protocols.link import Client, Joined, Left, Received, Server
-from protocols.messages import FLOAT, INT, Goodbye, Hello, Message, Pull, Rollout, StatusRequest
+from protocols.link_messages import Goodbye, Hello, StatusRequest
+from protocols.messages import FLOAT, INT, Message, Pull, Rollout
 
 
 def hello(name: str = "w", **fields: Any) -> Hello:

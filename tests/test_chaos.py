@@ -22,7 +22,8 @@ from engine.models import create_model
 from engine.weights import Publisher
 from protocols.codec import decode, encode
 from protocols.link import Client, Received, Server
-from protocols.messages import BOOL, FLOAT, INT, Ack, Announce, Batch, Hello, Message, Plan, PlanRequest, Pull
+from protocols.link_messages import Ack, Announce, Hello
+from protocols.messages import BOOL, FLOAT, INT, Batch, Message, Plan, PlanRequest, Pull
 from tools.faults.campaign import Campaign
 from tools.faults.drill import Fault, Outcome, Severed, possible
 from tools.faults.result import Result, Run, Settings, read, write

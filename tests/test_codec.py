@@ -15,6 +15,19 @@ from hypothesis import strategies as st
 
 from protocols import messages as m
 from protocols.codec import ARRAY, ARRAYS_LIMIT, HEADER_LIMIT, KINDS, MAX_ID, Frame, Malformed, decode, encode
+from protocols.link_messages import (
+    PROTOCOL,
+    Ack,
+    Announce,
+    Goodbye,
+    Heartbeat,
+    Held,
+    Hello,
+    Role,
+    Status,
+    StatusRequest,
+    Welcome,
+)
 
 ids = st.integers(0, MAX_ID)
 small = st.integers(0, 1 << 31)
@@ -77,7 +90,7 @@ def batches(draw: st.DrawFn) -> m.Batch:
     )
 
 
-announces = st.builds(m.Announce, texts, st.integers(0, 65535))
+announces = st.builds(Announce, texts, st.integers(0, 65535))
 indices = st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True)
 finishes = st.sampled_from(["stop", "length"])
 group_sizes = st.builds(m.GroupSize, small, small, st.lists(small, max_size=4))
@@ -98,18 +111,18 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     m.Pull: st.builds(m.Pull, small, st.lists(small, max_size=9)),
     m.Batch: batches(),
     m.StepCommit: st.builds(m.StepCommit, small, texts, texts, floats, floats, figures),
-    m.Announce: announces,
-    m.Heartbeat: st.builds(m.Heartbeat, texts, floats, small, st.lists(st.builds(m.Held, small, small)), figures),
-    m.Hello: st.builds(m.Hello, st.sampled_from(get_args(m.Role)), names, texts, small, st.integers(0, 999), small),
-    m.Welcome: st.builds(m.Welcome, texts, floats, small, st.none() | announces),
-    m.Ack: st.builds(m.Ack, ids, st.none() | texts),
-    m.StatusRequest: st.builds(m.StatusRequest),
-    m.Status: st.builds(
-        m.Status, texts, small, small, st.booleans(), figures,
+    Announce: announces,
+    Heartbeat: st.builds(Heartbeat, texts, floats, small, st.lists(st.builds(Held, small, small)), figures),
+    Hello: st.builds(Hello, st.sampled_from(get_args(Role)), names, texts, small, st.integers(0, 999), small),
+    Welcome: st.builds(Welcome, texts, floats, small, st.none() | announces),
+    Ack: st.builds(Ack, ids, st.none() | texts),
+    StatusRequest: st.builds(StatusRequest),
+    Status: st.builds(
+        Status, texts, small, small, st.booleans(), figures,
         st.lists(st.fixed_dictionaries({"name": texts, "counters": figures}), max_size=2), figures,
         st.lists(figures, max_size=2),
     ),
-    m.Goodbye: st.builds(m.Goodbye, texts),
+    Goodbye: st.builds(Goodbye, texts),
 }  # fmt: skip
 messages = st.one_of(*STRATEGIES.values())
 
@@ -128,7 +141,7 @@ def on_the_wire(message: m.Message, id: int = 0) -> list[Frame]:
 
 
 def header(**fields: Any) -> list[Frame]:
-    return [msgpack.packb({"v": m.PROTOCOL, "i": 7, "k": "pull", "a": [], "b": b"", **fields})]
+    return [msgpack.packb({"v": PROTOCOL, "i": 7, "k": "pull", "a": [], "b": b"", **fields})]
 
 
 def outcome(frames: list[Frame]) -> Malformed | None:
@@ -290,7 +303,7 @@ def test_what_is_refused_and_why() -> None:
         "a boolean id": (changed(i=True), "header", 0),
         "a negative id": (changed(i=-1), "header", 0),
         "an id beyond 63 bits": (changed(i=1 << 63), "header", 0),
-        "another version": (changed(v=m.PROTOCOL + 1), "version", 7),
+        "another version": (changed(v=PROTOCOL + 1), "version", 7),
         "another kind": (changed(k="pickle"), "kind", 7),
         "a kind that is no text": (changed(k=[1]), "kind", 7),
         "the body of another kind": (changed(k="rollout"), "body", 7),
@@ -311,7 +324,7 @@ def test_what_is_refused_and_why() -> None:
 
 
 def test_kinds_that_are_not_expected_here() -> None:
-    frames = on_the_wire(m.Goodbye("x"), 3)
+    frames = on_the_wire(Goodbye("x"), 3)
     assert decode(frames, {"goodbye"})[0] == 3
     with pytest.raises(Malformed, match=r"got 'goodbye', expected one of \['ack'\]"):
         decode(frames, {"ack"})

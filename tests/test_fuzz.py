@@ -12,6 +12,7 @@ from link_peers import Buffer
 from protocols import messages as m
 from protocols.codec import KINDS, Malformed, decode
 from protocols.link import Client
+from protocols.link_messages import Hello
 from tools.fuzzing.codec import fuzz_codec
 from tools.fuzzing.link import fuzz_link
 from tools.fuzzing.mutate import Mutator
@@ -66,7 +67,7 @@ def test_the_link_refuses_and_cuts_off() -> None:
 @pytest.mark.parametrize("name", ["a\0b", "x" * 81, "", "a\nb", "\u202eabc", "x" * 10_000_000])
 def test_names_that_cannot_be_printed_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"hello\.name"):
-        m.Hello("generator", name, "h", 1)
+        Hello("generator", name, "h", 1)
 
 
 def test_names_of_messages_are_no_paths() -> None:
@@ -74,7 +75,7 @@ def test_names_of_messages_are_no_paths() -> None:
     before = set(os.listdir())
     with Buffer() as buffer:
         for name in HOSTILE:
-            client = Client(buffer.address, m.Hello("generator", name, "../../h", 1, 8), timeout_s=20.0)
+            client = Client(buffer.address, Hello("generator", name, "../../h", 1, 8), timeout_s=20.0)
             client.status("../../state", counters={"../../c": 1.0})
             client.send(m.HandBack(1, 0, [0]))
             client.flush(20.0)

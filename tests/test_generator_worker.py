@@ -21,7 +21,8 @@ from engine.start_folder import policy_folder
 from engine.text import TextModel
 from engine.weights import Publisher
 from protocols.link import Joined, Left, Received, Server
-from protocols.messages import INT, Announce, Goodbye, HandBack, Heartbeat, Message, Rollout, Sampling, Ticket, Welcome
+from protocols.link_messages import Announce, Goodbye, Heartbeat, Welcome
+from protocols.messages import INT, HandBack, Message, Rollout, Sampling, Ticket
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = """

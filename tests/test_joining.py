@@ -18,7 +18,7 @@ from engine.models import load_model, named_weights
 from engine.start_folder import policy_folder
 from engine.weights import Publisher
 from protocols.link import Client
-from protocols.messages import Announce, Hello, Status
+from protocols.link_messages import Announce, Hello, Status
 from workers.view import ask_status
 
 

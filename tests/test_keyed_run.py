@@ -15,8 +15,8 @@ from zmq.utils import z85
 
 from protocols.link import Client, LinkRefused
 from protocols.link_keys import make_keys, read_buffer_keys, read_worker_keys
+from protocols.link_messages import Hello
 from protocols.log import Log
-from protocols.messages import Hello
 from workers.learner import ELSEWHERE
 
 CONFIG = """

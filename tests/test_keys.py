@@ -21,6 +21,7 @@ from protocols import messages as m
 from protocols.codec import encode
 from protocols.link import Client, KeysError, LinkRefused, LinkTimeout, Server, WorkerKeys
 from protocols.link_keys import ROLES, is_local, make_keys, read_buffer_keys, read_worker_keys
+from protocols.link_messages import Ack, Announce, Welcome
 from protocols.link_rights import SAID_BY
 
 TOKEN = "a token that is handed out over the link"
@@ -52,7 +53,7 @@ def test_files_are_private_and_made_once(keys: Path, tmp_path: Path) -> None:
         make_keys(keys)
     secrets = [read_buffer_keys(keys).secret, *(read_worker_keys(keys, role).secret for role in ROLES)]
     assert len(set(secrets)) == 1 + len(ROLES)
-    assert not any(secret in text for secret in secrets for text in (repr(read_buffer_keys(keys)), str(m.Announce)))
+    assert not any(secret in text for secret in secrets for text in (repr(read_buffer_keys(keys)), str(Announce)))
     assert "secret" not in repr(read_worker_keys(keys, "learner"))
     open_to_all = tmp_path / "generator.key"
     open_to_all.write_text((keys / "generator.key").read_text(encoding="utf-8"), encoding="utf-8")
@@ -105,7 +106,7 @@ def test_a_key_acts_in_its_own_role_only(buffer: Buffer, keys: Path) -> None:
     generator = connect(buffer, read_worker_keys(keys, "generator"))
     id = generator.send(m.StepCommit(1, "hash", "code", 0.0, 0.0, {}))
     refused = generator.receive(20.0)
-    assert isinstance(refused, m.Ack)
+    assert isinstance(refused, Ack)
     assert refused.id == id
     assert re.match("kind: got 'step_commit', expected one of", str(refused.refused))
     learner.send(m.PlanRequest(1))
@@ -145,8 +146,8 @@ def test_a_session_of_another_role_cannot_be_taken_over(buffer: Buffer, keys: Pa
 
 
 def test_only_generators_learn_where_weights_are(buffer: Buffer, keys: Path) -> None:
-    where = m.Announce("10.0.0.1", 5, TOKEN)
-    buffer.server.welcome = m.Welcome(run="r", heartbeat_s=0.1, step=0, weights=where)
+    where = Announce("10.0.0.1", 5, TOKEN)
+    buffer.server.welcome = Welcome(run="r", heartbeat_s=0.1, step=0, weights=where)
     for role in ROLES:
         client = connect(buffer, read_worker_keys(keys, role), name=role, role=role)
         assert client.welcome.weights == (where if role == "generator" else None)

@@ -16,7 +16,7 @@ from trial import CONFIG
 from engine.config import load_config
 from engine.models import create_model
 from protocols.link import Server
-from protocols.messages import PROTOCOL
+from protocols.link_messages import PROTOCOL
 
 ROOT = Path(__file__).parent.parent
 MODEL = 'model={type="path", path="model"}'
@@ -92,7 +92,7 @@ def test_a_role_of_another_protocol_version(folder: Path) -> None:
     other = folder / "other"
     for package in ("protocols", "engine", "workers"):
         shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("__pycache__"))
-    messages = other / "protocols" / "messages.py"
+    messages = other / "protocols" / "link_messages.py"
     text = messages.read_text()
     assert text.count(f"PROTOCOL = {PROTOCOL}\n") == 1
     messages.write_text(text.replace(f"PROTOCOL = {PROTOCOL}\n", "PROTOCOL = 99\n"))

@@ -25,11 +25,12 @@ from link_peers import Buffer, Proxy, hello, rollout, wait_until
 from protocols import messages as m
 from protocols.codec import decode, encode
 from protocols.link import Client, Joined, LinkError, LinkRefused, LinkTimeout, Received, Server
+from protocols.link_messages import PROTOCOL, Ack, Goodbye, Heartbeat, Held, Status, StatusRequest, Welcome
 from protocols.link_outbox import Outbox
 from protocols.link_server import STRIKES
 
 PEERS = str(Path(__file__).parent / "link_peers.py")
-STATUS = m.Status(run="r", step=1, steps=2, done=False, ledger={}, workers=[], metrics={}, evals=[])
+STATUS = Status(run="r", step=1, steps=2, done=False, ledger={}, workers=[], metrics={}, evals=[])
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_large_batch_arrives_whole(buffer: Buffer) -> None:
 def test_ask_leaves_other_messages_for_receive(buffer: Buffer) -> None:
     client = connect(buffer.address)
     buffer.say("w", m.Pull(1, []), STATUS, m.Pull(2, []))
-    assert client.ask(m.StatusRequest(), m.Status, 5.0) == STATUS
+    assert client.ask(StatusRequest(), Status, 5.0) == STATUS
     assert [client.receive(5.0), client.receive(5.0)] == [m.Pull(1, []), m.Pull(2, [])]
     assert client.unacknowledged == 0, "a status request is not kept"
     client.close()
@@ -121,7 +122,7 @@ def test_refusals_come_as_messages_and_end_a_question(buffer: Buffer) -> None:
     buffer.refuse = lambda message: f"no {type(message).__name__}"
     client = connect(buffer.address)
     id = client.send(rollout(1))
-    assert client.receive(5.0) == m.Ack(id, "no Rollout")
+    assert client.receive(5.0) == Ack(id, "no Rollout")
     with pytest.raises(LinkRefused, match=r"w: tcp://\S+ refused HandBack: no HandBack"):
         client.ask(m.HandBack(1, 0, [0]), m.Ticket, 5.0)
     assert client.unacknowledged == 0
@@ -130,17 +131,17 @@ def test_refusals_come_as_messages_and_end_a_question(buffer: Buffer) -> None:
 
 def test_heartbeats_go_on_while_the_worker_computes(buffer: Buffer) -> None:
     client = connect(buffer.address)
-    client.status("computes", version=3, held=[m.Held(1, 2)], counters={"tokens": 5.0})
+    client.status("computes", version=3, held=[Held(1, 2)], counters={"tokens": 5.0})
     end = time.monotonic() + 1.0
     while time.monotonic() < end:  # holds the interpreter, as a worker's own Python does
         sum(range(1000))
-    beats = [beat for beat in buffer.received(m.Heartbeat) if beat.state == "computes"]
+    beats = [beat for beat in buffer.received(Heartbeat) if beat.state == "computes"]
     assert len(beats) >= 5
-    assert (beats[-1].version, beats[-1].held, beats[-1].counters) == (3, [m.Held(1, 2)], {"tokens": 5.0})
+    assert (beats[-1].version, beats[-1].held, beats[-1].counters) == (3, [Held(1, 2)], {"tokens": 5.0})
     assert len({beat.since for beat in beats}) == 1
     client.status("rests")
-    wait_until(lambda: buffer.received(m.Heartbeat)[-1].state == "rests", "the new state")
-    last = buffer.received(m.Heartbeat)[-1]
+    wait_until(lambda: buffer.received(Heartbeat)[-1].state == "rests", "the new state")
+    last = buffer.received(Heartbeat)[-1]
     assert (last.version, last.since > beats[-1].since) == (3, True)
     assert client.connected
     assert client.silent_s < 0.5
@@ -151,12 +152,12 @@ def test_the_first_version_does_not_wait_for_the_next_heartbeat() -> None:
     """The buffer gives a generator nothing before it: an interval is lost otherwise."""
     with Buffer(heartbeat_s=30.0) as buffer:
         client = connect(buffer.address, silence_s=60.0)
-        wait_until(lambda: [b.version for b in buffer.received(m.Heartbeat)] == [None], "the first heartbeat")
+        wait_until(lambda: [b.version for b in buffer.received(Heartbeat)] == [None], "the first heartbeat")
         client.status("decodes", version=0)
-        wait_until(lambda: [b.version for b in buffer.received(m.Heartbeat)] == [None, 0], "the version", 10.0)
+        wait_until(lambda: [b.version for b in buffer.received(Heartbeat)] == [None, 0], "the version", 10.0)
         client.status("decodes", version=1)
         time.sleep(0.3)
-        assert len(buffer.received(m.Heartbeat)) == 2
+        assert len(buffer.received(Heartbeat)) == 2
         client.close()
 
 
@@ -319,7 +320,7 @@ def test_the_newer_worker_of_a_name_wins(buffer: Buffer) -> None:
     older = connect(buffer.address)
     newer = connect(buffer.address)
     got = older.receive(5.0)
-    assert isinstance(got, m.Goodbye)
+    assert isinstance(got, Goodbye)
     assert got.reason == "replaced: another worker said hello as w"
     wait_until(lambda: len(buffer.joined()) == 2, "both")
     assert buffer.left() == [("w", "replaced by another worker of this name")]
@@ -334,13 +335,13 @@ def test_the_newer_worker_of_a_name_wins(buffer: Buffer) -> None:
 def test_a_replaced_worker_that_has_not_heard_is_told_again(buffer: Buffer) -> None:
     with Raw(buffer.address, b"s1.1") as older, connect_raw(buffer, b"s2.1") as newer:
         older.say(hello(), 1)
-        assert isinstance(older.hear()[1], m.Welcome)
+        assert isinstance(older.hear()[1], Welcome)
         newer.say(hello(), 1)
-        assert isinstance(newer.hear()[1], m.Welcome)
-        assert isinstance(older.hear()[1], m.Goodbye)
+        assert isinstance(newer.hear()[1], Welcome)
+        assert isinstance(older.hear()[1], Goodbye)
         with Raw(buffer.address, b"s1.2") as again:
             again.say(hello(), 1)
-            assert isinstance(again.hear()[1], m.Goodbye)
+            assert isinstance(again.hear()[1], Goodbye)
     assert buffer.joined() == ["w", "w"]
 
 
@@ -356,7 +357,7 @@ def test_an_acknowledgement_for_the_replaced_worker_settles_nothing_of_the_newer
     newer = connect(buffer.address)
     second = newer.send(rollout(2))
     assert first != second
-    buffer.say("w", m.Ack(first))
+    buffer.say("w", Ack(first))
     time.sleep(0.2)
     assert newer.unacknowledged == 1
     older.close()
@@ -365,8 +366,8 @@ def test_an_acknowledgement_for_the_replaced_worker_settles_nothing_of_the_newer
 
 def test_goodbye_from_the_buffer_ends_the_link(buffer: Buffer) -> None:
     client = connect(buffer.address)
-    buffer.say("w", m.Goodbye("complete"))
-    assert client.receive(5.0) == m.Goodbye("complete")
+    buffer.say("w", Goodbye("complete"))
+    assert client.receive(5.0) == Goodbye("complete")
     wait_until(lambda: buffer.left() == [("w", "the buffer said goodbye")], "the answer")
     client.send(rollout(1))
     with pytest.raises(LinkTimeout, match=r"for acknowledgements from tcp://\S+, which said goodbye \(complete\)"):
@@ -380,7 +381,7 @@ def test_goodbye_from_the_buffer_ends_the_link(buffer: Buffer) -> None:
 
 
 def test_another_protocol_version_is_refused_by_name(buffer: Buffer) -> None:
-    with pytest.raises(LinkRefused, match=rf"protocol: the buffer speaks {m.PROTOCOL}, old 99"):
+    with pytest.raises(LinkRefused, match=rf"protocol: the buffer speaks {PROTOCOL}, old 99"):
         Client(buffer.address, hello("old", protocol=99), timeout_s=5.0)
     assert buffer.joined() == []
 
@@ -392,7 +393,7 @@ def other_version(frames: list) -> list:
 def test_a_frame_of_another_version_is_answered(buffer: Buffer) -> None:
     with Raw(buffer.address) as raw:
         raw.socket.send_multipart(other_version(encode(hello("old"), 5)))
-        assert raw.hear() == (0, m.Ack(5, f"protocol: got version 99, expected {m.PROTOCOL}"))
+        assert raw.hear() == (0, Ack(5, f"protocol: got version 99, expected {PROTOCOL}"))
     assert buffer.server.counters["malformed_version"] == 1
 
 
@@ -411,10 +412,10 @@ def test_a_buffer_of_another_version_is_named() -> None:
     thread = threading.Thread(target=dial)
     thread.start()
     identity, *_ = router.recv_multipart()
-    router.send_multipart([identity, *other_version(encode(m.Welcome("r", 1.0, 0), 5))])
+    router.send_multipart([identity, *other_version(encode(Welcome("r", 1.0, 0), 5))])
     thread.join(5.0)
     assert isinstance(failure[0], LinkRefused)
-    assert f"got version 99, expected {m.PROTOCOL}" in str(failure[0])
+    assert f"got version 99, expected {PROTOCOL}" in str(failure[0])
     context.destroy(linger=0)
 
 
@@ -427,7 +428,7 @@ def test_garbage_does_not_disturb_others(buffer: Buffer) -> None:
     port = int(buffer.address.rpartition(":")[2])
     with Raw(buffer.address) as raw, Raw(buffer.address, b"s.1") as member:
         member.say(hello("liar"), 1)
-        assert isinstance(member.hear()[1], m.Welcome)
+        assert isinstance(member.hear()[1], Welcome)
         for number in range(200):
             client.send(rollout(number))
             raw.socket.send_multipart([draw.randbytes(draw.randint(0, 300)) for _ in range(draw.randint(1, 4))])
@@ -463,7 +464,7 @@ def test_acknowledgements_in_a_row_are_one_message_and_settle_no_other() -> None
         raw.hear()
         answers = [raw.hear()[1] for _ in range(4)]
     server.close()
-    assert answers == [m.Ack(6, count=2), m.Ack(7, "no"), m.Ack(8), m.Ack(11, count=2)]
+    assert answers == [Ack(6, count=2), Ack(7, "no"), Ack(8), Ack(11, count=2)]
 
 
 def test_a_message_that_is_none_is_refused_by_its_id(buffer: Buffer) -> None:
@@ -474,22 +475,22 @@ def test_a_message_that_is_none_is_refused_by_its_id(buffer: Buffer) -> None:
         raw.socket.send_multipart([frames[0], frames[1], b"\0\0\0\x7f" * 3])  # log-probabilities of 1e38
         raw.say(rollout(2), 6)
         answers = [raw.hear()[1] for _ in range(2)]
-    assert isinstance(answers[0], m.Ack)
+    assert isinstance(answers[0], Ack)
     assert answers[0].id == 5
     assert "rollout.logprobs: got 'a positive or NaN value'" in str(answers[0].refused)
-    assert answers[1] == m.Ack(6)
+    assert answers[1] == Ack(6)
     assert buffer.server.counters["malformed_body"] == 1
 
 
 def test_only_what_workers_say_is_heard(buffer: Buffer) -> None:
     with Raw(buffer.address, b"s.1") as raw:
         raw.say(rollout(1), 1)
-        assert raw.hear()[1] == m.Ack(0, "say hello first")
+        assert raw.hear()[1] == Ack(0, "say hello first")
         raw.say(hello(), 1)
         raw.hear()
         raw.say(STATUS, 2)
         answer = raw.hear()[1]
-    assert isinstance(answer, m.Ack)
+    assert isinstance(answer, Ack)
     assert "kind: got 'status', expected one of ['ack', 'goodbye'," in str(answer.refused)
     assert buffer.groups() == []
 
@@ -502,7 +503,7 @@ def test_oversized() -> None:
             raw.hear()
             raw.say(rollout(1, tokens=4000), 2)  # two arrays of 16 kB
             answer = raw.hear()[1]
-            assert isinstance(answer, m.Ack)
+            assert isinstance(answer, Ack)
             assert "Rollout: got 32" in str(answer.refused)
             raw.say(rollout(1, tokens=6000), 3)  # an array of 24 kB: ZeroMQ ends the connection at its length
             raw.say(rollout(2), 4)
@@ -555,7 +556,7 @@ def test_a_port_in_use() -> None:
 def test_who_is_not_there_cannot_be_told(buffer: Buffer) -> None:
     buffer.paused = True
     time.sleep(0.05)
-    assert buffer.server.send("nobody", m.Goodbye("x")) is False
+    assert buffer.server.send("nobody", Goodbye("x")) is False
     buffer.server.ack("nobody", 1)
 
 

@@ -15,7 +15,8 @@ from test_scorer_pool import tagged, wait_until
 
 from engine.config import parse_config
 from protocols.link import Joined, Left, Received, Server
-from protocols.messages import Goodbye, Grade, GradeTask, Heartbeat, Message
+from protocols.link_messages import Goodbye, Heartbeat
+from protocols.messages import Grade, GradeTask, Message
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = """

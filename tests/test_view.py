@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from protocols.link import Joined, Received, Server
-from protocols.messages import Status, StatusRequest
+from protocols.link_messages import Status, StatusRequest
 from workers.lines import duration, eta_s, figure_lines, step_line, waiting_line
 from workers.metrics import MetricsWriter
 from workers.view import View, render

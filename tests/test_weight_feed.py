@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.weights import Publisher
-from protocols.messages import Announce
+from protocols.link_messages import Announce
 from workers.weight_feed import LearnerLost, WeightFeed
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from protocols.messages import Status
+from protocols.link_messages import Status
 from workers.why import cause
 
 NOW = 1000.0

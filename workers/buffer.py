@@ -17,6 +17,7 @@ from engine.config import Config
 from protocols import messages as m
 from protocols.ledger import Decided, Issue, Score
 from protocols.link import Joined, Left, Received, Server
+from protocols.link_messages import Announce, Goodbye, Heartbeat, Hello, Status, StatusRequest, Welcome
 from workers.keys import buffer_keys
 from workers.run_state import RunState, say
 
@@ -60,12 +61,12 @@ class Buffer:
         self.outbox: list[tuple[str, m.Message]] = []
         self.acks: list[tuple[str, int, str | None]] = []
         self.asking: dict[int, set[str]] = defaultdict(set)
-        self.beats: dict[str, m.Heartbeat] = {}
-        self.hellos: dict[str, m.Hello] = {}
+        self.beats: dict[str, Heartbeat] = {}
+        self.hellos: dict[str, Hello] = {}
         self.heard: dict[str, float] = {}
         self.gone: dict[str, dict[str, str | float]] = {}
         self.came: dict[str, float] = {}
-        self.weights: m.Announce | None = None
+        self.weights: Announce | None = None
         self.stopping = False
         self._welcome()
         write_address(config.run_dir, self.server.address)
@@ -121,7 +122,7 @@ class Buffer:
 
     # --- events --------------------------------------------------------------------------------------------------
 
-    def _joined(self, worker: str, hello: m.Hello) -> None:
+    def _joined(self, worker: str, hello: Hello) -> None:
         self.hellos[worker], self.heard[worker] = hello, time.monotonic()
         self.gone.pop(worker, None)
         self.ledger.joined(worker, hello.role, hello.capacity)
@@ -144,11 +145,11 @@ class Buffer:
         refused: str | None = None
         self.heard[worker] = now
         match message:
-            case m.Heartbeat():
+            case Heartbeat():
                 self.beats[worker] = message
                 self.ledger.alive(worker, ((h.group, h.fence) for h in message.held), now, version=message.version)
                 return
-            case m.StatusRequest():
+            case StatusRequest():
                 self.outbox.append((worker, self.status()))
                 return
             case m.Rollout():
@@ -166,7 +167,7 @@ class Buffer:
             case m.StepCommit():
                 refused = self.state.step(message)
                 self._welcome()  # a learner that starts anew takes no checkpoint beyond the log's last step
-            case m.Announce():
+            case Announce():
                 self.weights = message
                 self._welcome()
                 self.outbox += [(name, message) for name, hello in self.hellos.items() if hello.role == "generator"]
@@ -195,7 +196,7 @@ class Buffer:
             if plan is not None:
                 self.outbox += [(worker, plan) for worker in self.asking.pop(step)]
 
-    def status(self) -> m.Status:
+    def status(self) -> Status:
         """What the view and `headrace status` show."""
         now = time.monotonic()
         workers = []
@@ -204,7 +205,7 @@ class Buffer:
             said = msgspec.to_builtins(beat) if beat is not None else {"state": "joined", "since": 0.0}
             if hello.role != "observer":
                 workers.append({"name": name, "role": hello.role, **said, "silent_s": now - self.heard.get(name, now)})
-        return m.Status(
+        return Status(
             run=self.config.name,
             step=self.ledger.committed,
             steps=self.config.steps,
@@ -222,7 +223,7 @@ class Buffer:
         )
 
     def _welcome(self) -> None:
-        self.server.welcome = m.Welcome(
+        self.server.welcome = Welcome(
             run=self.config.name,
             heartbeat_s=self.config.buffer.heartbeat_s,
             step=self.ledger.committed,
@@ -232,7 +233,7 @@ class Buffer:
     def _goodbye(self, reason: str) -> None:
         """Tells every worker, and waits a bounded time until they have left."""
         for worker in self.hellos:
-            self.server.send(worker, m.Goodbye(reason))
+            self.server.send(worker, Goodbye(reason))
         deadline = time.monotonic() + GOODBYE_S
         while any(h.role != "observer" for h in self.hellos.values()) and time.monotonic() < deadline:
             self.turn(0.1)

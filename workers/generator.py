@@ -31,7 +31,8 @@ from engine.start_folder import policy_folder
 from engine.text import TextModel
 from engine.weights import Update
 from protocols.link import Client, KeysError, LinkError, LinkRefused, LinkTimeout
-from protocols.messages import Ack, Announce, Goodbye, HandBack, Hello, Ticket
+from protocols.link_messages import Ack, Announce, Goodbye, Hello
+from protocols.messages import HandBack, Ticket
 from workers.credit import capacity
 from workers.keys import worker_keys
 from workers.weight_feed import LearnerLost, WeightFeed

@@ -26,6 +26,7 @@ from engine.devices import resolve_device
 from engine.weights import Publisher
 from protocols import messages as m
 from protocols.link import Client
+from protocols.link_messages import Ack, Announce, Goodbye, Hello, Welcome
 from workers.keys import keys_folder, worker_keys
 from workers.trainer import Trained, Trainer
 
@@ -62,7 +63,7 @@ def run(config: Config, join: str) -> int:
         # The first rank may wait for a generator that hangs, and for the buffer, while the others wait for it.
         timeout = timedelta(seconds=3 * config.learner.peer_timeout_s + COMMIT_TIMEOUT_S)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
-    hello = m.Hello(role="learner", name=f"learner-{rank}", host=socket.gethostname(), pid=os.getpid())
+    hello = Hello(role="learner", name=f"learner-{rank}", host=socket.gethostname(), pid=os.getpid())
     client = Client(join, hello, timeout_s=60.0, keys=worker_keys(config, "learner"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -70,7 +71,7 @@ def run(config: Config, join: str) -> int:
     except Over as over:
         print(f"learner-{rank}: {over}", file=sys.stderr, flush=True)
     except SystemExit:
-        client.send(m.Goodbye("stopped"))  # else the buffer would take its silence for a stall, and wait
+        client.send(Goodbye("stopped"))  # else the buffer would take its silence for a stall, and wait
         raise
     finally:
         client.close()
@@ -90,7 +91,7 @@ class Learner:
         self.token = ""
         self.published_s = 0.0
         self.over: Over | None = None
-        self.announced_to: m.Welcome | None = None
+        self.announced_to: Welcome | None = None
         if config.generator is not None:
             if rank == 0:
                 self._open_publisher(device)
@@ -106,7 +107,7 @@ class Learner:
             self._finish(self.trainer.train(plan, updates, wait_s=wait_s))
         if self.rank == 0:
             self.client.status("waits for the closing evaluation", version=self.config.steps, owes="buffer")
-            self._wait(m.Goodbye, "the end of the run", DATA_TIMEOUT_S)
+            self._wait(Goodbye, "the end of the run", DATA_TIMEOUT_S)
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -204,9 +205,9 @@ class Learner:
             match self.client.receive(min(left, 1.0)):
                 case None if left == 0.0:
                     return None
-                case m.Goodbye(reason):
+                case Goodbye(reason):
                     raise Over(reason)
-                case m.Ack(refused=str(reason)):
+                case Ack(refused=str(reason)):
                     raise Refused(f"learner-{self.rank}: the buffer refused: {reason}")
                 case message if isinstance(message, kind):
                     return message
@@ -231,7 +232,7 @@ class Learner:
         """Once to every buffer: one that was started anew has forgotten where the weights are."""
         if self.publisher is not None and self.client.welcome is not self.announced_to:
             self.announced_to = self.client.welcome
-            self.client.send(m.Announce(*self.publisher.address, self.token))
+            self.client.send(Announce(*self.publisher.address, self.token))
 
 
 def _listed(figures: dict[str, float]) -> str:

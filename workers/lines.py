@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from protocols.messages import Status
+from protocols.link_messages import Status
 
 FRUITLESS_GROUPS = 20
 """From this many groups in a row without an informative one, every view says so."""

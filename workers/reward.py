@@ -16,7 +16,8 @@ import time
 from engine.config import Config
 from engine.tasks import named_tasks
 from protocols.link import Client, KeysError, LinkError, LinkRefused, LinkTimeout
-from protocols.messages import Ack, Announce, Goodbye, Grade, GradeTask, Hello
+from protocols.link_messages import Ack, Announce, Goodbye, Hello
+from protocols.messages import Grade, GradeTask
 from workers.keys import worker_keys
 from workers.scorer import ScorerError
 from workers.scorer_pool import ScorerPool

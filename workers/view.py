@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from protocols.link import Client, LinkError
-from protocols.messages import Hello, Status, StatusRequest
+from protocols.link_messages import Hello, Status, StatusRequest
 from workers.keys import observer_keys
 from workers.lines import duration, eta_s, eval_line, figure_lines, step_line, waiting_line
 from workers.metrics import FILE, read_metrics

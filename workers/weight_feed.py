@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from engine.adopt_weights import WeightsRefused
 from engine.weights import Subscriber, Update
-from protocols.messages import Announce
+from protocols.link_messages import Announce
 
 LEARNER_TIMEOUT_S = 1800.0
 """How long a generator goes on without a learner, on the weights that it has or waiting for the first: long enough for

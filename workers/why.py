@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from protocols.messages import Status
+from protocols.link_messages import Status
 from workers.launch_errors import ENDED, LOW_BYTES
 from workers.lines import FRUITLESS_GROUPS, duration
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from protocols.link import Client, Received, Server
+from protocols.link_messages import Hello, Role
 from protocols.log import GroupRow, Log
-from protocols.messages import INT, Batch, Grade, Hello, Pull, Role, Rollout, StepCommit
+from protocols.messages import INT, Batch, Grade, Pull, Rollout, StepCommit
 from tools.benchmarks.hop_rounds import POOL, RESPONSES, TIMEOUT_S, Pair, Response, Round, context, pool
 
 PROMPT_TOKENS = 128

@@ -31,7 +31,8 @@ from engine.generate_torch import TorchGenerator
 from engine.start_folder import policy_folder
 from engine.text import TextModel
 from protocols.link import Client
-from protocols.messages import FLOAT, INT, HandBack, Held, Hello, Partial, Rollout, Ticket
+from protocols.link_messages import Held, Hello
+from protocols.messages import FLOAT, INT, HandBack, Partial, Rollout, Ticket
 from workers.generator import Generator, capacity
 from workers.weight_feed import WeightFeed
 

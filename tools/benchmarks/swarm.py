@@ -39,6 +39,7 @@ from rich.table import Table
 from engine.config import load_config
 from protocols import messages as m
 from protocols.link import Client
+from protocols.link_messages import Hello, Role
 from protocols.log import Log
 from tools.benchmarks.elastic import numbers
 from workers.roles import ROLE_COMMAND, role_command
@@ -67,9 +68,9 @@ Row = dict[str, float | str]
 class Worker(threading.Thread):
     """One link client; `answer` gets each message and may send. Ends when `over` is set."""
 
-    def __init__(self, address: str, role: m.Role, name: str, over: threading.Event) -> None:
+    def __init__(self, address: str, role: Role, name: str, over: threading.Event) -> None:
         super().__init__(name=name, daemon=True)
-        hello = m.Hello(role=role, name=name, host="here", pid=os.getpid(), capacity=CAPACITY)
+        hello = Hello(role=role, name=name, host="here", pid=os.getpid(), capacity=CAPACITY)
         self.client, self.over = Client(address, hello, timeout_s=TIMEOUT_S), over
         self.acks: list[float] = []
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from msgspec import Struct
 
 from protocols.link import Client, LinkError
+from protocols.link_messages import Hello, Status, StatusRequest
 from protocols.log import Log, LogError
-from protocols.messages import Hello, Status, StatusRequest
 from workers.keys import observer_keys
 from workers.roles import role_of
 

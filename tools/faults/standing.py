@@ -17,7 +17,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from engine.config import load_config
-from protocols.messages import Status
+from protocols.link_messages import Status
 from tools.faults.mood import FILE
 from tools.faults.observer import Observer
 from workers.roles import ROLE_COMMAND, role_command, role_threads, roles

@@ -19,6 +19,7 @@ import zmq
 from protocols import messages as m
 from protocols.link import Client, LinkError, Received, Server
 from protocols.link_keys import BufferKeys, make_keys, read_buffer_keys
+from protocols.link_messages import Hello
 from protocols.link_server import STRIKES
 from tools.fuzzing.codec import Found, Memory
 from tools.fuzzing.mutate import Mutator
@@ -70,7 +71,7 @@ def fuzz_link(malformed: int, seed: int, raw: int) -> Found:
         make_keys(Path(folder) / "keys")
         found, target, keyed = Found(), Target(), Target(read_buffer_keys(Path(folder) / "keys"))
     worker = Client(
-        target.server.address, m.Hello("generator", "worker", "host", os.getpid()), timeout_s=WAIT_S, silence_s=WAIT_S
+        target.server.address, Hello("generator", "worker", "host", os.getpid()), timeout_s=WAIT_S, silence_s=WAIT_S
     )
     began, memory = time.perf_counter(), Memory()
     sent = 0

@@ -6,6 +6,7 @@ import numpy as np
 
 from protocols import messages as m
 from protocols.codec import encode
+from protocols.link_messages import Ack, Announce, Goodbye, Heartbeat, Held, Hello, Status, StatusRequest, Welcome
 
 TOKENS = 12
 
@@ -21,7 +22,7 @@ def samples() -> list[m.Message]:
         sizes=two, lengths=np.array([5, TOKENS - 5], m.INT), tokens=tokens, logprobs=logprobs, versions=tokens,
         rewards=np.array([1, -1], m.FLOAT), correct=np.array([True, False]), truncated=np.array([False, False]),
     )  # fmt: skip
-    announce = m.Announce("10.0.0.1", 4321, "0123456789abcdef")
+    announce = Announce("10.0.0.1", 4321, "0123456789abcdef")
     return [
         m.Ticket(7, [0, 1, 2], 5, tokens, sampling, 11, 3, [partial]),
         m.Rollout(7, 1, 5, tokens, logprobs, runs, "stop", "an answer", 1.5e9, 1.6e9),
@@ -34,15 +35,15 @@ def samples() -> list[m.Message]:
         batch,
         m.StepCommit(4, "ab" * 16, "code", 1.5e9, 1.6e9, {"loss": 0.1}, {"w": "cd" * 16}),
         announce,
-        m.Heartbeat("decodes", 1.5e9, 3, [m.Held(7, 5)], {"tokens": 9.0}),
-        m.Hello("generator", "generator-0", "host", 123, 80),
-        m.Welcome("run", 2.0, 4, announce),
-        m.Ack(9, "a reason", 2),
-        m.StatusRequest(),
-        m.Status(
+        Heartbeat("decodes", 1.5e9, 3, [Held(7, 5)], {"tokens": 9.0}),
+        Hello("generator", "generator-0", "host", 123, 80),
+        Welcome("run", 2.0, 4, announce),
+        Ack(9, "a reason", 2),
+        StatusRequest(),
+        Status(
             "run", 4, 9, False, {"in_system": 3.0}, [{"name": "g", "role": "generator"}], {"loss": 0.1}, [{"step": 1.0}]
         ),
-        m.Goodbye("closed"),
+        Goodbye("closed"),
     ]
 
 
