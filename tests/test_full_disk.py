@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from protocols.log import Log
+from tools.faults.ended import NoSmallDisk, require_small_disk
 from workers.last_words import KEY, LastWords, out_of_space, say_last_words
 from workers.roles import is_refusal
 from workers.supervise import Exit, Supervisor
@@ -152,15 +153,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_and_resume_goe
 
 def small_disk(folder: Path, size: str) -> None:
     """Both launches of SMALL_DISK in a user's own name space, where the runs folder is a disk of `size`."""
-    probe = ["unshare", "-Urm", "sh", "-c", f"mount -t tmpfs -o size=1m tmpfs {shlex.quote(str(folder / 'runs'))}"]
     try:
-        possible = subprocess.run(probe, capture_output=True, timeout=20).returncode == 0
-    except FileNotFoundError:
-        possible = False
-    if not possible:
-        pytest.skip(
-            "no small disk: needs util-linux's unshare and user namespaces, which the kernel or a container forbids"
-        )
+        require_small_disk(folder / "runs")
+    except NoSmallDisk as error:
+        pytest.skip(f"no small disk: {error}")
     command = shlex.join([sys.executable, "-m", "workers.cli", "launch", "--no-view", "trial.toml"])
     script = SMALL_DISK.format(size=size, launch=command)
     subprocess.run(

@@ -20,21 +20,6 @@ ROOT = Path(__file__).parent.parent
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
-    """A pipeline that works: buffer, learner, generator and reward, each a process of its own."""
-    with Standing(tmp_path_factory.mktemp("why")) as run:
-        run.until_it_goes_on()
-        yield run
-
-
-@pytest.mark.timeout(400)  # the first of them starts the pipeline
-@pytest.mark.parametrize("fault", [BY_NAME[name] for name in INJECTED], ids=lambda fault: fault.name)
-def test_a_fault_of_a_pipeline_that_runs(fault: Fault, run: Standing) -> None:
-    answer = named(fault, run)
-    assert names(fault, answer), answer
-
-
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     try:
         answer = fill_disk(tmp_path)
@@ -51,6 +36,21 @@ def test_data_that_are_exhausted_and_the_command_that_shows_it(tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("named after "), done.stdout
     assert done.stdout.endswith("owed by: whoever launched it\n1 of 1 causes named\n"), done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
+    """A pipeline that works: buffer, learner, generator and reward, each a process of its own."""
+    with Standing(tmp_path_factory.mktemp("why")) as run:
+        run.until_it_goes_on()
+        yield run
+
+
+@pytest.mark.timeout(400)  # the first of them starts the pipeline
+@pytest.mark.parametrize("fault", [BY_NAME[name] for name in INJECTED], ids=lambda fault: fault.name)
+def test_a_fault_of_a_pipeline_that_runs(fault: Fault, run: Standing) -> None:
+    answer = named(fault, run)
+    assert names(fault, answer), answer
 
 
 def test_every_fault_is_made_in_one_way() -> None:

@@ -50,6 +50,8 @@ TABLE = [
      "uninformative", "data", "all right or all wrong"),
     ("responses are made", [WAITS, DECODES, SCORES], {"generating": 8.0, "last_response_s": 3.0}, "generator", "generator-0",
      "1 of 4 groups of step 3 are ready; 8 responses are being made; the last response came 0:03 ago"),
+    ("one generator of two silent", [WAITS, DECODES, {**worker("generator", "decodes", silent_s=9.0), "name": "generator-1"}], {},
+     "generator", "generator-0", "responses are being made; generator-1 is silent for 0:09"),
 ]  # fmt: skip
 
 

@@ -67,11 +67,11 @@ def cause(status: Status, now: float) -> Cause:
         owing = "; ".join(f"{worker['name']} {_since(worker, now)}" for worker in rewards)
         text = f"{graded:.0f} responses of step {step} wait for a grade: {owing}{_last(ledger, 'grade')}"
         return Cause("reward", _names(rewards), text)
-    lost = [worker["name"] for worker in status.gone if worker["role"] == "generator"]
-    fewer = f" (gone: {', '.join(lost)})" if lost else ""
     needs = f"{ledger.get('ready', 0):.0f} of {ledger.get('groups_per_step', 0):.0f} groups of step {step} are ready"
     being = f"{made:.0f} responses are being made{_last(ledger, 'response')}"
-    return Cause("generator", _names(generators), f"{needs}; {being}{fewer}")
+    absent = _absent(status, generators, now)
+    present = [worker for worker in generators if worker["name"] not in absent]
+    return Cause("generator", _names(present), "; ".join([needs, being, *absent.values()]))
 
 
 def standstill(run_dir: Path) -> Cause:

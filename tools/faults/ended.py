@@ -54,13 +54,7 @@ def fill_disk(folder: Path) -> Answer:
     config = _config(folder)
     runs = folder / "runs"
     runs.mkdir()
-    probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(runs)]
-    try:
-        possible = subprocess.run(probe, capture_output=True, timeout=20).returncode == 0
-    except FileNotFoundError:
-        possible = False
-    if not possible:
-        raise NoSmallDisk("needs util-linux's unshare and user namespaces, which the kernel or a container forbids")
+    require_small_disk(runs)
     script = SMALL_DISK.format(
         runs=shlex.quote(str(runs)),
         folder=shlex.quote(str(folder)),
@@ -69,6 +63,17 @@ def fill_disk(folder: Path) -> Answer:
     )
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", script], capture_output=True, text=True, timeout=ENDS_S)
     return parse_answer(done.stdout if done.returncode == 0 else done.stdout + done.stderr)
+
+
+def require_small_disk(folder: Path) -> None:
+    """Raises `NoSmallDisk` where a user cannot mount one on this folder in a name space of his own."""
+    probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        possible = subprocess.run(probe, capture_output=True, timeout=20).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        raise NoSmallDisk("needs util-linux's unshare and user namespaces, which the kernel or a container forbids")
 
 
 def exhaust_data(folder: Path) -> Answer:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tools.faults import coin
 
+Mood = Literal["fair", "stuck", "lenient"]
+
 FILE = "HEADRACE_MOOD"
-"""In the environment: the file that says `fair`, `stuck` or `lenient`."""
+"""In the environment: the file that says which."""
 
 
 def score(text: str, answer_row: dict[str, Any]) -> bool:

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import Struct
 
 from engine.config import load_config
 from protocols.link_messages import Status
-from tools.faults.mood import FILE
+from tools.faults.mood import FILE, Mood
 from tools.faults.observer import Observer
 from workers.roles import ROLE_COMMAND, role_command, role_threads, roles
 from workers.supervise import Supervisor
@@ -117,7 +117,7 @@ class Standing:
             over.set()
             thread.join(10.0)
 
-    def mood(self, mood: Literal["fair", "stuck", "lenient"]) -> None:
+    def mood(self, mood: Mood) -> None:
         """How the reward scores from now on."""
         self.mood_file.write_text(mood, encoding="utf-8")
 

@@ -23,6 +23,7 @@ import typer
 from msgspec import Struct
 
 from tools.faults.ended import NoSmallDisk, exhaust_data, fill_disk
+from tools.faults.mood import Mood
 from tools.faults.standing import Answer, Standing, ask_why
 
 NAMED_S = 45.0
@@ -81,17 +82,8 @@ def stopped(run: Standing, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def reward_hangs(run: Standing) -> Iterator[None]:
-    run.mood("stuck")
-    try:
-        yield
-    finally:
-        run.mood("fair")
-
-
-@contextmanager
-def all_right(run: Standing) -> Iterator[None]:
-    run.mood("lenient")
+def scored(run: Standing, mood: Mood) -> Iterator[None]:
+    run.mood(mood)
     try:
         yield
     finally:
@@ -149,8 +141,8 @@ def generator_killed(run: Standing) -> Iterator[None]:
 
 INJECTED: dict[str, Callable[[Standing], AbstractContextManager[None]]] = {
     "learner": lambda run: stopped(run, "learner"),
-    "reward": reward_hangs,
-    "uninformative": all_right,
+    "reward": lambda run: scored(run, "stuck"),
+    "uninformative": lambda run: scored(run, "lenient"),
     "weights": stopped_in_a_broadcast,
     "lag": without_lag,
     "generator": generator_killed,
