@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("worker_contract")
+pytest.register_assert_rewrite("engine_contract", "worker_contract")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,14 +52,6 @@ def engine(folder: Path, *, version: str = "0.5.20", options: tuple[str, ...] = 
 def start(model: Path, config: SglangEngine, *, temperature: float = 1.0) -> EngineGenerator:
     sampling = Sampling(max_tokens=8, temperature=temperature)
     return start_sglang(model, GeneratorConfig(sampling=sampling, engine=config, device="cpu"), config)
-
-
-def steps(generator: EngineGenerator, tokens: int, timeout_s: float = 60.0) -> None:
-    """Until so many more tokens have come."""
-    before, deadline = generator.counters["generated_tokens"], time.monotonic() + timeout_s
-    while generator.counters["generated_tokens"] < before + tokens:
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {tokens} tokens"
-        generator.step()
 
 
 def children(parent: int) -> list[int]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import sglang_cases
 import vllm_cases as cases
-from sglang_cases import children, steps
-from vllm_cases import ticket, weights
+from sglang_cases import children
+from vllm_cases import none_alive, steps, ticket, weights
 
 from engine.config import ConfigError, SglangEngine
 from engine.generate_engine import EngineGenerator
@@ -58,13 +58,6 @@ def all_handed_back(generator: EngineGenerator) -> None:
     assert handed.samples == [0, 1]
     assert min(len(partial.tokens) for partial in handed.partials) >= 3
     assert {version for partial in handed.partials for version, _ in partial.versions} == {1}
-
-
-def none_alive(processes: list[int], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while any(map(cases.alive, processes)):
-        assert time.monotonic() < deadline, processes
-        time.sleep(0.05)
 
 
 def test_a_killed_server_is_noticed_and_its_tokens_are_handed_back(model: Path) -> None:

@@ -40,8 +40,8 @@ def make_folder(folder: Path, *, tied: bool = True) -> Path:
     return folder
 
 
-def start(folder: Path, *, mode: str = "keep", deadline_s: float = 20.0, slots: int = 8) -> EngineGenerator:
-    engine = VllmEngine(slots=slots, on_new_weights=mode, kv_gb=0.25, deadline_s=deadline_s)
+def start(folder: Path, mode: str) -> EngineGenerator:
+    engine = VllmEngine(slots=8, on_new_weights=mode, kv_gb=0.25, deadline_s=10.0)
     return start_vllm(folder, GeneratorConfig(sampling=Sampling(max_tokens=8), engine=engine, device="cpu"), engine)
 
 
@@ -90,6 +90,16 @@ def finish(engine: EngineGenerator | TorchGenerator, timeout_s: float = 60.0) ->
     deadline = time.monotonic() + timeout_s
     while engine.ready:
         assert time.monotonic() < deadline, f"not finished after {timeout_s} s, still held: {engine.held()}"
+        done |= {(rollout.group, rollout.sample): rollout for rollout in engine.step()}
+    return done
+
+
+def steps(engine: EngineGenerator, tokens: int, timeout_s: float = 60.0) -> dict[tuple[int, int], Rollout]:
+    """Until so many more tokens have come; what has finished by then."""
+    done: dict[tuple[int, int], Rollout] = {}
+    before, deadline = engine.counters["generated_tokens"], time.monotonic() + timeout_s
+    while engine.counters["generated_tokens"] < before + tokens:
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {tokens} tokens"
         done |= {(rollout.group, rollout.sample): rollout for rollout in engine.step()}
     return done
 
