@@ -105,15 +105,17 @@ def stopped_in_a_broadcast(run: Standing) -> Iterator[None]:
 
 def _caught_in_a_broadcast(run: Standing) -> bool:
     """The generator gets so little time that it still receives when the learner has the next version; then none. It goes on
-    when the broadcast was over before."""
+    when the broadcast was over before, or the learner out of groups."""
 
-    def learner_waits() -> bool:
-        return bool(run.worker("learner-0").get("owes") == "generator")
+    def learner_waits_for(*roles: str) -> bool:
+        return run.worker("learner-0").get("owes") in roles
 
+    enough = 2 * run.config.buffer.groups_per_step
+    run.until(f"{enough} groups in the learner's hand", lambda status: status.ledger["ready"] >= enough)
     with run.slowed("generator-0", stopped_s=0.1, runs_s=0.003):
-        run.within(4.0, learner_waits)
+        run.within(4.0, lambda: learner_waits_for("generator", "buffer"))
     run.send("generator-0", signal.SIGSTOP)
-    if run.within(1.0, lambda: not learner_waits()):
+    if run.within(1.0, lambda: not learner_waits_for("generator")):
         run.send("generator-0", signal.SIGCONT)
         return False
     return True
