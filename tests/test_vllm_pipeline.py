@@ -1,4 +1,4 @@
-"""Whole runs with vLLM generators, as a user starts them: two of them, and one beside one of our own."""
+"""Whole runs with vLLM generators, as a user starts them: alone, and two of them beside one of our own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ import vllm_cases as cases
 
 from protocols.log import Log
 
-pytestmark = [cases.needs_vllm, pytest.mark.timeout(900)]
+pytestmark = [cases.needs_vllm, pytest.mark.timeout(1200)]
+RUN = "quickstart-vllm"
+CONFIG = f"configs/{RUN}.toml"
+ON_POLICY = {"buffer.max_lag": 0, "learner.updates_per_step": 1}
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "workers.cli"]
 SMALL = {
@@ -31,9 +34,9 @@ def overrides(folder: Path, **more: object) -> list[str]:
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
-def versions_by_worker(folder: Path, run: str = "quickstart-vllm") -> dict[str, set[int]]:
+def versions_by_worker(folder: Path) -> dict[str, set[int]]:
     """The versions of the weights under which each generator sampled what was trained."""
-    with closing(Log.open(folder / run / "rollouts.db")) as log:
+    with closing(Log.open(folder / "rollouts.db")) as log:
         rows = log.query("SELECT worker, versions FROM rollouts")
     found: dict[str, set[int]] = {}
     for worker, versions in rows:
@@ -41,28 +44,48 @@ def versions_by_worker(folder: Path, run: str = "quickstart-vllm") -> dict[str, 
     return found
 
 
-def test_two_vllm_generators_feed_a_run(tmp_path: Path) -> None:
-    command = [*COMMAND, "launch", "--no-view", "configs/quickstart-vllm.toml", *overrides(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stderr
-    found = versions_by_worker(tmp_path)
-    assert set(found) == {"generator-0", "generator-1"}
-    assert max(map(max, found.values())) >= 5
+def test_a_run_whose_generator_is_vllm(tmp_path: Path) -> None:
+    check_alone(CONFIG, overrides(tmp_path, **ON_POLICY, **{"generator.count": 1}), tmp_path / RUN)
 
 
-def test_one_of_vllm_and_one_of_ours_feed_one_run(tmp_path: Path) -> None:
-    """Ours joins once vLLM's has begun; the run is stopped when trained steps hold responses of both."""
-    options = overrides(tmp_path, **{"generator.count": 1, "steps": 5000})
+def test_two_of_vllm_and_one_of_ours_feed_one_run(tmp_path: Path) -> None:
+    """Ours joins once both of vLLM's have begun; the run is stopped when trained steps hold responses of all."""
     engine = {"generator.engine.slots": 8, "generator.engine": '{type="torch", slots=8}'}
-    ours = [*COMMAND, "generator", "configs/quickstart-vllm.toml", "--name", "ours", *overrides(tmp_path, **engine)]
-    launch = [*COMMAND, "launch", "--no-view", "configs/quickstart-vllm.toml", *options]
-    with open(tmp_path / "output", "w+") as output:
+    ours = [*COMMAND, "generator", CONFIG, "--name", "ours", *overrides(tmp_path, **engine)]
+    options = overrides(tmp_path, **{"generator.count": 2, "steps": 5000})
+    launch = [*COMMAND, "launch", "--no-view", CONFIG, *options]
+    run_with_ours(launch, ours, tmp_path / RUN, {"generator-0", "generator-1"})
+
+
+def check_alone(config: str, options: list[str], folder: Path) -> None:
+    """A run with one generator ends by itself. On policy, every token is trained under the weights that sampled it, and the
+    engine's log-probabilities are those of the learner."""
+    command = [*COMMAND, "launch", "--no-view", config, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1000)
+    assert done.returncode == 0, done.stderr
+    found = versions_by_worker(folder)
+    assert set(found) == {"generator-0"}
+    assert max(found["generator-0"]) >= 5
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "kl_behaviour" in row]
+    assert len(steps) == 6
+    for row in steps:
+        assert row["lag_max"] == 0
+        assert abs(row["kl_behaviour"]) < 1e-5
+        assert row["ratio_p01"] == pytest.approx(1.0, abs=1e-4)
+    audit = subprocess.run([*COMMAND, "audit", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+def run_with_ours(launch: list[str], ours: list[str], folder: Path, first: set[str]) -> None:
+    """Starts `ours` once the run has trained on all of `first`, and interrupts the run once it has trained on ours too."""
+    with open(folder.parent / "output", "w+") as output:
         run = subprocess.Popen(launch, cwd=ROOT, stdout=output, stderr=output)
         other = None
         try:
-            until(lambda: "generator-0" in trained_by(tmp_path), run, 400.0)
+            until(lambda: trained_by(folder) == first, run, 600.0)
             other = subprocess.Popen(ours, cwd=ROOT, stdout=output, stderr=output)
-            until(lambda: trained_by(tmp_path) == {"generator-0", "ours"}, run, 200.0)
+            until(lambda: trained_by(folder) == first | {"ours"}, run, 200.0)
             run.send_signal(signal.SIGINT)
             assert run.wait(60) == 130
         finally:
@@ -71,8 +94,8 @@ def test_one_of_vllm_and_one_of_ours_feed_one_run(tmp_path: Path) -> None:
                 process.wait()
 
 
-def trained_by(folder: Path, run: str = "quickstart-vllm") -> set[str]:
-    path = folder / run / "rollouts.db"
+def trained_by(folder: Path) -> set[str]:
+    path = folder / "rollouts.db"
     if not path.exists():
         return set()
     with closing(Log.open(path)) as log:
