@@ -60,7 +60,7 @@ class WeightGroup:
                 "backend": "gloo",
             },
         )
-        seat = _ServerSeat(0, 0, 1 + ranks, address, torch.device("cpu"), timeout_s)
+        seat = _ServerSeat(0, 0, 0, 1 + ranks, address, torch.device("cpu"), timeout_s)
         self._transport = _together(_aside(lambda: GlooTransport(self._store, seat)), joining, timeout_s)
 
     def send(self, tensors: Mapping[str, Tensor], label: str) -> None:

@@ -23,6 +23,9 @@ from engine.gathered import Gathered
 
 T = TypeVar("T")
 
+TEXT_BYTES = 512
+"""Of a text that ranks tell each other."""
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is not finite; the weights are still those before the update."""
@@ -50,6 +53,17 @@ class Ranks:
         tensor = torch.from_numpy(values.astype(np.float64)).to(device)
         dist.all_reduce(tensor, operation, group=self.group)
         return tensor.cpu().numpy()
+
+    def texts(self, own: str, device: torch.device | str) -> list[str]:
+        """What each rank says, in the order of the ranks: the first `TEXT_BYTES` bytes of it."""
+        if self.world == 1:
+            return [own]
+        said = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+        text = own.encode()[:TEXT_BYTES]
+        said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else said[:0]
+        everywhere = [torch.zeros(TEXT_BYTES, dtype=torch.uint8, device=device) for _ in range(self.world)]
+        dist.all_gather(everywhere, said.to(device), group=self.group)
+        return [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace") for text in everywhere]
 
 
 class TrainedModel(ABC):

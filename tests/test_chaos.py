@@ -19,7 +19,7 @@ from audited_run import config_of
 from stored_run import new_log
 
 from engine.models import create_model
-from engine.weights import Publisher
+from engine.weights import Publisher, Terms
 from protocols.codec import decode, encode
 from protocols.link import Client, Received, Server
 from protocols.link_messages import Ack, Announce, Hello
@@ -126,12 +126,12 @@ def feed() -> Iterator[WeightFeed]:
 def test_a_learner_that_retrains_the_log_sets_no_generator_back(feed: WeightFeed) -> None:
     """It publishes its checkpoint's weights and each step's after that, which generators have had."""
     weights = {"weight": torch.arange(6.0)}
-    first = Publisher("127.0.0.1", device="cpu", bucket_bytes=1 << 20, peer_timeout_s=10.0)
+    first = Publisher("127.0.0.1", Terms(bucket_bytes=1 << 20, peer_timeout_s=10.0))
     first.publish(7, weights)
     feed.connect(Announce(*first.address))
     assert next_version(feed, 20.0) == 7
     first.close()
-    second = Publisher("127.0.0.1", device="cpu", bucket_bytes=1 << 20, peer_timeout_s=10.0)
+    second = Publisher("127.0.0.1", Terms(bucket_bytes=1 << 20, peer_timeout_s=10.0))
     try:
         second.publish(5, weights)
         feed.connect(Announce(*second.address))

@@ -19,7 +19,7 @@ from engine.config import Config, NewModel, parse_config
 from engine.models import create_model, load_model, named_weights
 from engine.start_folder import policy_folder
 from engine.text import TextModel
-from engine.weights import Publisher
+from engine.weights import Publisher, Terms
 from protocols.link import Joined, Left, Received, Server
 from protocols.link_messages import Announce, Goodbye, Heartbeat, Welcome
 from protocols.messages import INT, HandBack, Message, Rollout, Sampling, Ticket
@@ -150,7 +150,7 @@ def buffer() -> Iterator[Buffer]:
 
 @pytest.fixture
 def learner(config: Config) -> Iterator[Publisher]:
-    with Publisher("127.0.0.1", bucket_bytes=1 << 20, peer_timeout_s=10.0) as publisher:
+    with Publisher("127.0.0.1", Terms(bucket_bytes=1 << 20, peer_timeout_s=10.0)) as publisher:
         yield publisher
 
 

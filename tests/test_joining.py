@@ -16,7 +16,7 @@ from test_elastic import CLI, ROOT, configure, query, until
 from engine.config import load_config
 from engine.models import load_model, named_weights
 from engine.start_folder import policy_folder
-from engine.weights import Publisher
+from engine.weights import Publisher, Terms
 from protocols.link import Client
 from protocols.link_messages import Announce, Hello, Status
 from workers.view import ask_status
@@ -61,7 +61,7 @@ def test_no_ticket_goes_to_a_joiner_without_weights(tmp_path: Path) -> None:
 
         hello = Hello(role="learner", name="learner-0", host="here", pid=os.getpid())
         learner = parts.enter_context(closing(Client(address, hello, timeout_s=30.0)))
-        publisher = parts.enter_context(Publisher("127.0.0.1", bucket_bytes=1 << 20, peer_timeout_s=20.0))
+        publisher = parts.enter_context(Publisher("127.0.0.1", Terms(bucket_bytes=1 << 20, peer_timeout_s=20.0)))
         model = load_model(policy_folder(config), dtype="float32", device="cpu")
         publisher.publish(0, {name: tensor.detach() for name, tensor in named_weights(model).items()})
         learner.send(Announce(*publisher.address))

@@ -15,7 +15,7 @@ import torch
 import zmq
 from link_peers import Buffer, hello, rollout, wait_until
 
-from engine.weights import Publisher, Subscriber
+from engine.weights import Publisher, Subscriber, Terms
 from engine.weights.gate import LOCAL
 from protocols import messages as m
 from protocols.codec import encode
@@ -190,7 +190,7 @@ def test_what_counts_as_this_machine() -> None:
 
 
 def test_weights_flow_to_who_has_the_token() -> None:
-    with Publisher(LOCAL, peer_timeout_s=10.0, token=TOKEN) as publisher:
+    with Publisher(LOCAL, Terms(peer_timeout_s=10.0), token=TOKEN) as publisher:
         publisher.publish(1, {"w": torch.arange(1000)})
         with Subscriber(*publisher.address, name="a", timeout_s=10.0, token=TOKEN) as subscriber:
             for version in (1, 2):
@@ -202,7 +202,7 @@ def test_weights_flow_to_who_has_the_token() -> None:
 
 
 def test_strangers_get_no_byte_of_the_store() -> None:
-    with Publisher(LOCAL, peer_timeout_s=10.0, token=TOKEN) as publisher:
+    with Publisher(LOCAL, Terms(peer_timeout_s=10.0), token=TOKEN) as publisher:
         publisher.publish(1, {"w": torch.arange(10)})
         with pytest.raises(ConnectionError, match="it refused the token"):
             Subscriber(*publisher.address, name="stranger", timeout_s=1.0, token="another")

@@ -18,7 +18,7 @@ WAITS = {"wait", "join", "acquire", "result", "recv", "get", "queue_pop"}
 """Block until something comes when they are called without a limit. `result` and `get` of our own that do not block have
 arguments or are in OURS."""
 COLLECTIVES = {"all_reduce", "all_gather", "barrier", "all_gather_into_tensor", "reduce_scatter"}
-OURS = {"digests.result()", "self._said.get()"}
+OURS = {"digest.result()", "digests.result()", "self._said.get()"}
 """A hash that is ready; a queue that is not empty, and has one reader."""
 
 

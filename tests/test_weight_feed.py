@@ -11,14 +11,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from engine.weights import Publisher
+from engine.weights import Publisher, Terms
 from protocols.link_messages import Announce
 from workers.weight_feed import LearnerLost, WeightFeed
 
 
 @pytest.fixture
 def learner() -> Iterator[Publisher]:
-    publisher = Publisher("127.0.0.1", device="cpu", bucket_bytes=1 << 20, peer_timeout_s=10.0)
+    publisher = Publisher("127.0.0.1", Terms(bucket_bytes=1 << 20, peer_timeout_s=10.0))
     publisher.publish(7, {"weight": torch.arange(6.0)})
     yield publisher
     publisher.close()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import Store
 from weights_peer import FaultyTransport, equal_bits
 
-from engine.weights import GlooTransport, Publisher, Seat, Subscriber, Transport
+from engine.weights import GlooTransport, Publisher, Seat, Subscriber, Terms, Transport
 from engine.weights.patch import BLOCK_BYTES, PatchLayout, Piece, make_patch
 from engine.weights.roster import Member, Roster
 from engine.weights.update import Shelf
@@ -147,7 +147,7 @@ def weights(version: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def publisher() -> Iterator[Publisher]:
-    with Publisher("127.0.0.1", bucket_bytes=1 << 20, peer_timeout_s=10.0, sparse=True) as publisher:
+    with Publisher("127.0.0.1", Terms(bucket_bytes=1 << 20, peer_timeout_s=10.0, sparse=True)) as publisher:
         yield publisher
 
 

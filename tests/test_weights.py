@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from weights_members import SCRIPT, START_S, Peer, all_verified, eventually, peers
 from weights_peer import BUCKET_BYTES, TIMEOUT_S, equal_bits, weights
 
-from engine.weights import Publisher, Subscriber, fingerprints, weights_hash
-from engine.weights.control import Done, Failed, Ready, open_store
+from engine.weights import Publisher, Subscriber, Terms, fingerprints, weights_hash
+from engine.weights.control import open_store
 from engine.weights.layout import ALIGNMENT, Digests, Entry, Layout, layout_of
+from engine.weights.messages import Done, Failed, Ready
 from engine.weights.roster import ALONE_AFTER, DROP_AFTER, Member, Roster
 from engine.weights.update import Shelf
-
-SCRIPT = Path(__file__).parent / "weights_peer.py"
-START_S = 60.0
-"""Importing torch in four processes on a busy machine."""
 
 tensors_strategy = st.dictionaries(
     st.text("abc.", min_size=1, max_size=4),
@@ -217,75 +211,10 @@ def test_a_withdrawn_update_does_not_count_as_held() -> None:
 # --- processes -----------------------------------------------------------------------------------------------------
 
 
-class Peer:
-    """A process of weights_peer.py and what it has reported."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=SCRIPT.parent.parent,
-        )  # fmt: skip
-        self.reports: list[dict[str, Any]] = []
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def expect(self, what: str, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 20.0) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                self.reports.append(json.loads(self._lines.get(timeout=0.1)))
-            except queue.Empty:
-                continue
-            if condition(self.reports[-1]):
-                return self.reports[-1]
-        raise AssertionError(f"{what}: not within {timeout_s} s; reported {self.reports[-5:]}")
-
-    def version(self, version: int, timeout_s: float = 20.0) -> dict[str, Any]:
-        return self.expect(f"version {version}", lambda report: report.get("version") == version, timeout_s)
-
-    def leave(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
-
-
 @pytest.fixture
 def publisher() -> Iterator[Publisher]:
-    with Publisher("127.0.0.1", bucket_bytes=BUCKET_BYTES, peer_timeout_s=TIMEOUT_S) as publisher:
+    with Publisher("127.0.0.1", Terms(bucket_bytes=BUCKET_BYTES, peer_timeout_s=TIMEOUT_S)) as publisher:
         yield publisher
-
-
-@contextmanager
-def peers(publisher: Publisher, *names: str, faults: dict[str, str] | None = None) -> Iterator[list[Peer]]:
-    """A subscriber process for each name, joined."""
-    with ExitStack() as stack:
-        found = []
-        for name in names:
-            fault = (faults or {}).get(name)
-            found.append(Peer("subscribe", str(publisher.address[1]), name, *([fault] if fault else [])))
-            stack.callback(found[-1].end)
-        for peer in found:
-            peer.expect("join", lambda report: "joined" in report, START_S)
-        yield found
-
-
-def eventually(what: str, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.02)
-
-
-def all_verified(found: list[Peer]) -> bool:
-    return all(report["equal"] and report["hash"] for peer in found for report in peer.reports if "version" in report)
 
 
 def test_bits_arrive_a_joiner_is_current_at_once_and_the_store_does_not_grow(publisher: Publisher) -> None:
@@ -393,8 +322,8 @@ def test_subscribers_notice_that_the_learner_is_gone(signal_: signal.Signals, sa
 def test_a_process_that_closes_nothing_still_ends_with_its_own_exit_code(code: int) -> None:
     script = f"""
 import torch
-from engine.weights import Publisher, Subscriber
-publisher = Publisher("127.0.0.1", peer_timeout_s=10)
+from engine.weights import Publisher, Subscriber, Terms
+publisher = Publisher("127.0.0.1", Terms(peer_timeout_s=10))
 publisher.publish(0, {{"x": torch.ones(9)}})
 subscriber = Subscriber(*publisher.address, name="a", timeout_s=10)
 subscriber.wait(20)
@@ -451,7 +380,7 @@ def test_wrong_use_is_refused(publisher: Publisher) -> None:
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1: no answer within 0\.2 s"):
         Subscriber("127.0.0.1", 1, name="a", timeout_s=0.2)
     with pytest.raises(OSError, match="cannot listen on"):
-        Publisher("127.0.0.1", publisher.address[1])
+        Publisher("127.0.0.1", Terms(), port=publisher.address[1])
     publisher.close()
     with pytest.raises(RuntimeError, match="thread has ended"):
         publisher.publish(2, {"x": torch.ones(5)})

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from engine.weights import GlooTransport, Publisher, Seat, Subscriber, Transport, fingerprints, weights_hash
+from engine.weights import GlooTransport, Publisher, Seat, Subscriber, Terms, Transport, fingerprints, weights_hash
 
 TIMEOUT_S = 3.0
 BUCKET_BYTES = 1 << 20
@@ -125,7 +125,7 @@ def subscribe(port: int, name: str, fault: str, leave: threading.Event) -> None:
 
 
 def publish(leave: threading.Event) -> None:
-    with Publisher("127.0.0.1", bucket_bytes=BUCKET_BYTES, peer_timeout_s=TIMEOUT_S) as publisher:
+    with Publisher("127.0.0.1", Terms(bucket_bytes=BUCKET_BYTES, peer_timeout_s=TIMEOUT_S)) as publisher:
         publisher.publish(0, weights(0))
         say(port=publisher.address[1])
         leave.wait()

@@ -17,7 +17,7 @@ import vllm_cases as cases
 from test_generator_worker import Buffer, Worker
 
 from engine.config import Config, parse_config
-from engine.weights import Publisher
+from engine.weights import Publisher, Terms
 from protocols.messages import Rollout, Sampling, Ticket
 
 START_S = 400.0
@@ -66,7 +66,7 @@ class WorkerContract:
 
     @pytest.fixture
     def learner(self) -> Iterator[Publisher]:
-        with Publisher("127.0.0.1", bucket_bytes=1 << 20, peer_timeout_s=10.0) as publisher:
+        with Publisher("127.0.0.1", Terms(bucket_bytes=1 << 20, peer_timeout_s=10.0)) as publisher:
             yield publisher
 
     def test_it_adopts_weights_in_flight_and_hands_back_when_told_to_leave(

@@ -2,7 +2,8 @@
 
 The log is the authority: a learner that starts anew loads its newest checkpoint and re-trains what the log holds
 beyond it (the same groups in the same order, to the same hash) before it trains anything new. Rank 0 talks: it
-commits, publishes weights and writes checkpoints; every rank pulls its own data.
+commits, says when weights are published and writes checkpoints; every rank pulls its own data and sends its share of the
+weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch.distributed as dist
 
 from engine.config import Config, DeepSpeedBackend, LearnerConfig
 from engine.devices import resolve_device
-from engine.weights import Publisher
+from engine.trained_model import Ranks
+from engine.weights import Keeper, Publisher, Terms
 from protocols import messages as m
 from protocols.link import Client
 from protocols.link_messages import Ack, Announce, Goodbye, Hello, Welcome
@@ -88,13 +90,13 @@ class Learner:
         self.trainer = Trainer(config, self, rank=rank, world=world, device=device)
         self.start = self.trainer.resume(client.welcome.step)
         self.publisher: Publisher | None = None
+        self.keeper: Keeper | None = None
         self.token = ""
         self.published_s = 0.0
         self.over: Over | None = None
         self.announced_to: Welcome | None = None
         if config.generator is not None:
-            if rank == 0:
-                self._open_publisher(device)
+            self._share_weights(device, Ranks(rank, world))
             self._publish(self.start, None)
 
     def train(self) -> None:
@@ -105,7 +107,7 @@ class Learner:
             wait_s = time.monotonic() - waited
             self.client.status(f"trains step {step}", version=step - 1)
             self._finish(self.trainer.train(plan, updates, wait_s=wait_s))
-        if self.rank == 0:
+        if self.rank == 0 or self.keeper is not None:
             self.client.status("waits for the closing evaluation", version=self.config.steps, owes="buffer")
             self._wait(Goodbye, "the end of the run", DATA_TIMEOUT_S)
 
@@ -156,9 +158,9 @@ class Learner:
 
     def _publish(self, step: int, fingerprints: dict[str, str] | None) -> None:
         """The weights after a step, to the generators where there are any."""
+        if self.keeper is not None:
+            self.keeper.keep(step, self.trainer.learner.weights(), fingerprints=fingerprints)
         if self.publisher is None:
-            if self.rank > 0 and self.config.generator is not None:
-                self.trainer.learner.weights().take_part()
             return
         behind = sorted(name for name, version in self.publisher.members.items() if version != step - 1)
         if behind:
@@ -214,19 +216,27 @@ class Learner:
 
     # --- start -----------------------------------------------------------------------------------------------------
 
-    def _open_publisher(self, device: str) -> None:
-        # Handed out over the authenticated link alone; without keys all of the run is on one machine.
-        self.token = secrets.token_hex(32) if keys_folder(self.config) is not None else ""
-        self.publisher = Publisher(
-            reachable_host(self.address),
+    def _share_weights(self, device: str, ranks: Ranks) -> None:
+        """Each rank keeps a share of the weights for the generators; the first one serves them, and says where."""
+        settings = self.config.learner
+        terms = Terms(
             device=device,
-            bucket_bytes=self.config.learner.bucket_mb << 20,
-            peer_timeout_s=self.config.learner.peer_timeout_s,
-            token=self.token,
-            sparse=sends_changes(self.config.learner),
-            in_host_memory=isinstance(self.config.learner.backend, DeepSpeedBackend),
+            bucket_bytes=settings.bucket_mb << 20,
+            peer_timeout_s=settings.peer_timeout_s,
+            sparse=sends_changes(settings),
+            in_host_memory=isinstance(settings.backend, DeepSpeedBackend),
+            ranks=ranks.world,
         )
-        self._announce()
+        where = ""
+        if ranks.rank == 0:
+            # Handed out over the authenticated link and among the ranks alone; without keys all of the run is on one machine.
+            self.token = secrets.token_hex(32) if keys_folder(self.config) is not None else ""
+            self.publisher = Publisher(reachable_host(self.address), terms, token=self.token)
+            self._announce()
+            where = " ".join([*map(str, self.publisher.address), self.token])
+        host, port, token = ranks.texts(where, device)[0].split(" ")
+        if ranks.rank > 0:
+            self.keeper = Keeper(host, int(port), rank=ranks.rank, terms=terms, token=token)
 
     def _announce(self) -> None:
         """Once to every buffer: one that was started anew has forgotten where the weights are."""

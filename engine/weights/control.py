@@ -3,6 +3,8 @@
     inbox        every subscriber to the publisher
     to/N         the publisher to member N, in order
     member/N     exists while the publisher counts N as a member
+    keepers      the learner's other ranks to the publisher
+    share/K      the publisher to the rank that keeps share K
     joins        the number of the newest member
     group/E/...  what a process group of epoch E needs to find its peers; removed once it is built
 
@@ -17,113 +19,23 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from typing import TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec.json import Decoder
 from torch.distributed import QueueEmptyError, TCPStore
 
-from engine.weights.layout import Layout
-from engine.weights.patch import PatchLayout
+from engine.weights.messages import FromKeeper, ToKeeper, ToMember, ToPublisher
 
 log = logging.getLogger(__name__)
 
-INBOX = "inbox"
+INBOX, KEEPERS = "inbox", "keepers"
 FOREVER = timedelta(days=365)
 """Blocking reads do not use the store's timeout: each expiry writes a warning to stderr. Liveness is told by beats."""
 PROBE_S, RETRY_S = 5.0, 0.2
 """One attempt at a connection, and the pause after one that was refused."""
 
-
-class Join(Struct, frozen=True, tag="join"):
-    """I want every update. `version` is the newest that I hold; `backend` moves my payloads."""
-
-    member: int
-    name: str
-    backend: str
-    version: int | None = None
-
-
-class Beat(Struct, frozen=True, tag="beat"):
-    member: int
-
-
-class Ready(Struct, frozen=True, tag="ready"):
-    """The memory for this offer is there: `nbytes` of it."""
-
-    member: int
-    offer: int
-    nbytes: int
-
-
-class Done(Struct, frozen=True, tag="done"):
-    """All tensors of this offer are verified."""
-
-    member: int
-    offer: int
-
-
-class Refused(Struct, frozen=True, tag="refused"):
-    """These tensors of this offer failed their check."""
-
-    member: int
-    offer: int
-    tensors: list[str]
-
-
-class Failed(Struct, frozen=True, tag="failed"):
-    """This offer could not be received, and why."""
-
-    member: int
-    offer: int
-    reason: str
-
-
-class Leave(Struct, frozen=True, tag="leave"):
-    member: int
-
-
-class Offer(Struct, frozen=True, tag="offer"):
-    """Version `version` is to be had; make room for it. With a `patch`, as the change of a version that is held."""
-
-    offer: int
-    version: int
-    bucket_bytes: int
-    layout: Layout
-    patch: PatchLayout | None = None
-
-
-class Take(Struct, frozen=True, tag="take"):
-    """Receive this offer now, as `rank` of `size` in the group of `epoch`."""
-
-    offer: int
-    epoch: int
-    rank: int
-    size: int
-
-
-class Check(Struct, frozen=True, tag="check"):
-    """What the bytes of this offer must hash to, in the layout's order."""
-
-    offer: int
-    fingerprints: list[str]
-
-
-class Dropped(Struct, frozen=True, tag="dropped"):
-    """You are no member any more; join again."""
-
-
-class Reject(Struct, frozen=True, tag="reject"):
-    """You cannot be a member, and why."""
-
-    reason: str
-
-
-class Stop(Struct, frozen=True, tag="stop"):
-    """A subscriber to its own thread: end."""
-
-
-ToPublisher = Join | Beat | Ready | Done | Refused | Failed | Leave
-ToMember = Offer | Take | Check | Dropped | Reject | Stop
+T = TypeVar("T")
 
 
 def serve_store(host: str, port: int, timeout_s: float) -> TCPStore:
@@ -176,30 +88,29 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def send(store: TCPStore, queue: str, message: ToPublisher | ToMember) -> None:
+def send(store: TCPStore, queue: str, message: ToPublisher | ToMember | FromKeeper | ToKeeper) -> None:
     store.queue_push(queue, msgspec.json.encode(message).decode())
 
 
-def receive(store: TCPStore, member: int) -> ToMember:
-    """The next message to `member`; blocks until there is one. Raises torch's `RuntimeError` when the connection is
-    lost, `msgspec.DecodeError` for a message of no known form."""
+def receive(store: TCPStore, queue: str, messages: Decoder[T]) -> T:
+    """The next of `messages`; blocks until there is one. Raises torch's `RuntimeError` when the connection
+    is lost, `msgspec.DecodeError` for a message of no known form."""
     while True:
         try:
-            message: ToMember = msgspec.json.decode(store.queue_pop(queue_of(member)), type=ToMember)
-            return message
+            return messages.decode(store.queue_pop(queue))
         except QueueEmptyError:  # this process was stopped between being woken and reading; `forget` came in between
             continue
 
 
-def inbox(store: TCPStore) -> list[ToPublisher]:
-    """All messages that wait for the publisher; never blocks. What is of no known form is reported and left out."""
-    messages: list[ToPublisher] = []
-    for raw in _drain(store, INBOX):
+def waiting(store: TCPStore, queue: str, messages: Decoder[T]) -> list[T]:
+    """All messages in a queue of the publisher's; never blocks. What is of no known form is reported and left out."""
+    found: list[T] = []
+    for raw in _drain(store, queue):
         try:
-            messages.append(msgspec.json.decode(raw, type=ToPublisher))
+            found.append(messages.decode(raw))
         except msgspec.DecodeError as error:
             log.error("weights: a message in the store is not ours: %s", error)
-    return messages
+    return found
 
 
 def forget(store: TCPStore, member: int) -> None:
@@ -210,6 +121,10 @@ def forget(store: TCPStore, member: int) -> None:
 
 def queue_of(member: int) -> str:
     return f"to/{member}"
+
+
+def share_queue(share: int) -> str:
+    return f"share/{share}"
 
 
 def member_key(member: int) -> str:

@@ -21,7 +21,10 @@ import hmac
 import secrets
 import socket
 import threading
+import time
 from asyncio import StreamReader, StreamWriter
+
+from engine.weights import control
 
 NONCE, PROOF = 32, 32
 HANDSHAKE_S = 10.0
@@ -113,6 +116,31 @@ def open_gate(host: str, port: int, store_port: int, token: str) -> Relay:
 def open_passage(host: str, port: int, token: str) -> Relay:
     """A way to the gate at `host:port`, from a port of this machine."""
     return Relay(socket.create_server((LOCAL, 0)), (host, port), token, guards=False)
+
+
+class Entrance:
+    """A client of the publisher's store at `host:port`, by way of a passage where a token is asked for."""
+
+    def __init__(self, host: str, port: int, token: str, *, timeout_s: float, given_up: threading.Event) -> None:
+        """Waits for the publisher. Raises `ConnectionError` when it does not answer within `timeout_s`, refuses the token, or
+        `given_up` is set meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        control.await_listener(host, port, timeout_s, given_up)
+        left = max(1.0, deadline - time.monotonic())
+        self._passage = open_passage(host, port, token) if token else None
+        if self._passage is None:
+            self.store = control.open_store(host, port, left)
+            return
+        try:
+            self.store = control.open_store(LOCAL, self._passage.port, left)
+        except ConnectionError as error:
+            self._passage.close()
+            why = "it refused the token" if self._passage.denied else "no answer"
+            raise ConnectionError(f"weights store at {host}:{port}: {why}") from error
+
+    def close(self) -> None:
+        if self._passage is not None:
+            self._passage.close()
 
 
 async def _admit(reader: StreamReader, writer: StreamWriter, token: bytes) -> None:

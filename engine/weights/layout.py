@@ -6,6 +6,7 @@ nor reinterpreted tensors pass for one another.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -77,8 +78,24 @@ class Layout(Struct, frozen=True):
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     """The layout of `tensors`, sorted by name. Raises `ValueError` when there is none."""
+    return share_out(tensors, 1)[0]
+
+
+def share_out(tensors: Mapping[str, Tensor], count: int) -> list[Layout]:
+    """The layouts of at most `count` shares of `tensors`, none of them empty: each tensor, from the largest to the smallest, goes
+    to the share that has the fewest bytes. Raises `ValueError` when there is no tensor."""
+    shares: list[list[str]] = [[] for _ in range(max(1, min(count, len(tensors))))]
+    held = [(0, number) for number in range(len(shares))]
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        nbytes, number = heapq.heappop(held)
+        shares[number].append(name)
+        heapq.heappush(held, (nbytes + max(1, tensors[name].nbytes), number))
+    return [_laid_out({name: tensors[name] for name in sorted(names)}) for names in shares]
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> Layout:
     entries, offset = [], 0
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors.items():
         entries.append(Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
         offset = _aligned(entries[-1].end)
     return Layout(entries)

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from engine.gathered import Gathered, held
 from engine.weights import control
-from engine.weights.control import Check, Failed, Join, Leave, Offer, Ready, Refused, Reject, ToPublisher
 from engine.weights.gate import LOCAL, Relay, open_gate
 from engine.weights.groups import Groups
-from engine.weights.layout import Digests
+from engine.weights.keepers import Keepers
+from engine.weights.messages import TO_PUBLISHER, Check, Failed, Join, Leave, Ready, Refused, Reject, ToPublisher
 from engine.weights.roster import Member, Roster
-from engine.weights.staging import Staged, Staging
-from engine.weights.transport import Connect, TransportError, backend_of, connect, transfer
+from engine.weights.share import Share
+from engine.weights.shares import Shares
+from engine.weights.staging import Staged
+from engine.weights.terms import Terms
+from engine.weights.transport import Connect, TransportError, backend_of, connect
 
 log = logging.getLogger(__name__)
 
-BUCKET_BYTES = 32 << 20
 GRACE_S = 2.0
 IDLE_POLL_S = 0.02
 BUSY_POLL_S = 0.0003
@@ -42,28 +44,19 @@ class Publisher:
     def __init__(
         self,
         host: str,
-        port: int = 0,
+        terms: Terms,
         *,
-        device: str = "cpu",
-        bucket_bytes: int = BUCKET_BYTES,
-        peer_timeout_s: float = 60.0,
-        sparse: bool = False,
-        in_host_memory: bool = False,
+        port: int = 0,
         token: str = "",
         connect: Connect = connect,
     ) -> None:
         """Listen on `host`, an address of this machine that subscribers reach (port 0: any free one). With a token only
-        who holds it can reach the store.
-
-        `device` is where weights are staged: "cpu" goes over gloo, "cuda" over NCCL (subscribers must have the same,
-        and a GPU each that is not the learner's); `in_host_memory` they lie on the CPU whatever they go over. `sparse`
-        sends a member that holds the version before only what changed, where that is less; it takes a second copy of
-        the weights. Raises `OSError` when it cannot listen.
+        who holds it can reach the store. Where the terms name several ranks, the others have a `Keeper` each, whose `keep` is
+        called with every `publish`. Raises `OSError` when it cannot listen.
         """
-        if bucket_bytes < 1 or peer_timeout_s <= 0:
-            raise ValueError(f"weights: got bucket_bytes {bucket_bytes}, peer_timeout_s {peer_timeout_s}; expected > 0")
-        self._device = torch.device(device)
-        self._bucket_bytes, self._peer_timeout_s = bucket_bytes, peer_timeout_s
+        peer_timeout_s = terms.peer_timeout_s
+        self._backend = backend_of(torch.device(terms.device))
+        self._peer_timeout_s = peer_timeout_s
         self._gate: Relay | None = None
         if token:
             self._store = control.serve_store(LOCAL, 0, peer_timeout_s)
@@ -73,16 +66,16 @@ class Publisher:
         self.address = (host, self._gate.port if self._gate is not None else int(self._store.port))
         """(host, port) that a `Subscriber` is given."""
         self._roster = Roster(peer_timeout_s=peer_timeout_s, grace_s=min(GRACE_S, peer_timeout_s / 2))
-        self._groups = Groups(self._store, connect, host=host, device=self._device, timeout_s=peer_timeout_s)
-        self._staging = Staging(torch.device("cpu") if in_host_memory else self._device, sparse=sparse)
-        self._staged: Staged | None = None
+        self._groups = Groups(self._store)
+        self._share = Share(0, self._store, connect, address=host, terms=terms)
+        self._shares = Shares(self._share, Keepers(self._store, silence_s=2 * peer_timeout_s + GRACE_S), terms)
         self._sending = False
         self._closing = False
         self._moved_at = time.monotonic()
         self._changed = threading.Condition()
         self._counters = dict.fromkeys(
             ["published", "bytes", "broadcasts", "broadcast_s", "publish_wait_s", "copy_s", "groups"], 0.0
-        ) | dict.fromkeys(["dropped", "refused_updates", "failed_updates", "patches", "patch_s", "changed"], 0.0)
+        ) | dict.fromkeys(["dropped", "refused_updates", "failed_updates", "patches", "patch_s"], 0.0)
         self._thread = threading.Thread(target=self._run, name="weights-publisher", daemon=True)
         self._thread.start()
         atexit.register(
@@ -96,7 +89,13 @@ class Publisher:
         what changed, `patch_s` the time to find it, `changed` the share of entries that the newest version changed (1.0
         where no patch was worth its while)."""
         with self._changed:
-            return {**self._counters, "members": float(len(self._roster.members))}
+            return {**self._counters, "members": float(len(self._roster.members)), "changed": self._shares.changed}
+
+    @property
+    def nbytes(self) -> int:
+        """What lies aside on this rank, in bytes."""
+        with self._changed:
+            return self._share.nbytes
 
     @property
     def members(self) -> dict[str, int | None]:
@@ -119,14 +118,14 @@ class Publisher:
         background thread has ended.
         """
         gathered = tensors if isinstance(tensors, Gathered) else held(tensors)
-        staged = self._staging.plan(version, gathered.like, fingerprints)
+        plan = self._shares.plan(version, gathered, fingerprints)
         started = time.monotonic()
         with self._changed:
             self._wait_until_sent()
             waited = time.monotonic()
-            if self._staged is not None and version <= self._staged.version:
-                raise ValueError(f"weights: got version {version}, expected more than {self._staged.version}")
-            self._staged = self._staging.copy(staged, gathered.items())
+            if self._shares.version is not None and version <= self._shares.version:
+                raise ValueError(f"weights: got version {version}, expected more than {self._shares.version}")
+            self._shares.copy(plan, gathered)
             self._counters["published"] += 1
             self._counters["publish_wait_s"] += waited - started
             self._counters["copy_s"] += time.monotonic() - waited
@@ -136,12 +135,12 @@ class Publisher:
         """Until every member has the newest version verified. Raises `TimeoutError` naming who has not."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self._staged is not None and (behind := self._roster.behind(self._staged.version)):
+            while (version := self._shares.version) is not None and (behind := self._roster.behind(version)):
                 self._check_alive()
                 left = deadline - time.monotonic()
                 if left <= 0:
                     names = ", ".join(sorted(member.name for member in behind))
-                    raise TimeoutError(f"weights: version {self._staged.version} not at {names} after {timeout_s} s")
+                    raise TimeoutError(f"weights: version {version} not at {names} after {timeout_s} s")
                 self._changed.wait(min(left, 1.0))
 
     def close(self) -> None:
@@ -156,7 +155,7 @@ class Publisher:
         if self._thread.is_alive():
             log.error("weights: the publisher's thread still waits for a transport; left behind")
             return
-        self._store = self._staged = None  # the store's server ends with the last reference to it
+        self._store = None  # the store's server ends with the last reference to it
 
     def __enter__(self) -> Self:
         return self
@@ -188,35 +187,40 @@ class Publisher:
             with self._changed:
                 if self._closing:
                     break
-                staged = self._staged if self._staged is not None and self._staged.before is not None else None
-                party = self._turn(time.monotonic()) if staged is None else []
-                if not party and staged is None:
-                    self._changed.wait(BUSY_POLL_S if self._roster.expecting(time.monotonic()) else IDLE_POLL_S)
+                uncompared = self._shares.uncompared
+                party = self._turn(time.monotonic()) if uncompared is None else []
+                if not party and uncompared is None:
+                    self._changed.wait(BUSY_POLL_S if self._expecting() else IDLE_POLL_S)
                     continue
                 self._sending, self._moved_at = True, time.monotonic()
-            if staged is None:
+            if uncompared is None:
                 self._serve(party)
             else:
-                self._patch(staged)
+                self._compare(uncompared)
         self._groups.close()
+        self._shares.close()
+
+    def _expecting(self) -> bool:
+        published = self._shares.version is not None
+        return self._roster.expecting(time.monotonic()) or (published and not self._shares.ready())
 
     def _turn(self, now: float) -> list[Member]:
         """Hear what members say, drop who is overdue, offer what they lack; who is to be served now."""
-        for message in control.inbox(self._store):
+        for message in control.waiting(self._store, control.INBOX, TO_PUBLISHER):
             self._hear(message, now)
         for member, reason in self._roster.overdue(now):
             log.warning("weights: %s dropped: %s", member.name, reason)
             self._counters["dropped"] += 1
             del self._roster.members[member.id]
             control.forget(self._store, member.id)
-        if self._staged is None:
+        version = self._shares.version
+        if version is None or not self._shares.ready():
             return []
-        patch = self._staged.patch
-        for member in self._roster.offer(self._staged.version, now, None if patch is None else patch.layout.base):
-            how = patch.layout if patch is not None and member.patched else None
-            offer = Offer(member.offer, self._staged.version, self._bucket_bytes, self._staged.layout, how)
+        patches = self._shares.patches
+        for member in self._roster.offer(version, now, patches[0].base if patches else None):
+            offer = self._shares.offer(member.offer, member.patched)
             control.send(self._store, control.queue_of(member.id), offer)
-        return self._roster.party(self._staged.version, now)
+        return self._roster.party(version, now)
 
     def _hear(self, message: ToPublisher, now: float) -> None:
         if isinstance(message, Join):
@@ -226,8 +230,8 @@ class Publisher:
         if member is None:
             return
         match message:
-            case Ready() if self._staged is not None and member.offered_version == self._staged.version:
-                if message.nbytes != (expected := self._staged.payload(member.patched).numel()):
+            case Ready() if member.offered_version == self._shares.version:
+                if message.nbytes != (expected := self._shares.offer(member.offer, member.patched).nbytes):
                     log.error("weights: %s has room for %d bytes, expected %d", member.name, message.nbytes, expected)
                     self._roster.fail(member, now)
             case Refused():
@@ -241,33 +245,31 @@ class Publisher:
         self._changed.notify_all()
 
     def _admit(self, message: Join, now: float) -> None:
-        expected = backend_of(self._device)
-        if message.backend != expected:
-            reason = f"weights: {message.name} wants {message.backend}, but the learner's device sends over {expected}"
+        if message.backend != self._backend:
+            reason = (
+                f"weights: {message.name} wants {message.backend}, but the learner's device sends over {self._backend}"
+            )
             log.error("%s", reason)
             control.send(self._store, control.queue_of(message.member), Reject(reason))
             return
         self._roster.join(Member(message.member, message.name, message.version, now))
         self._changed.notify_all()
 
-    def _patch(self, staged: Staged) -> None:
+    def _compare(self, staged: Staged) -> None:
         """Find what changed, while nothing is sent and nothing is published."""
         started = time.monotonic()
-        share = staged.make_patch()
+        staged.make_patch()
         with self._changed:
             self._counters["patch_s"] += time.monotonic() - started
-            self._counters["changed"] = share
             self._sending = False
             self._changed.notify_all()
 
     def _serve(self, party: list[Member]) -> None:
-        staged = self._staged
-        if staged is None:
-            return
         started = time.monotonic()
+        nbytes = self._shares.offer(0, party[0].patched).nbytes
         error: TransportError | None = None
         try:
-            self._broadcast(staged, party)
+            self._broadcast(party)
         except TransportError as raised:
             error = raised
         with self._changed:
@@ -277,27 +279,21 @@ class Publisher:
                 self._roster.sent(party, now)
                 self._counters["broadcasts"] += 1
                 self._counters["patches"] += party[0].patched
-                self._counters["bytes"] += staged.payload(party[0].patched).numel()
+                self._counters["bytes"] += nbytes
                 self._counters["broadcast_s"] += now - started
             else:
                 self._give_up(party, error, now)
             self._sending = False
             self._changed.notify_all()
 
-    def _broadcast(self, staged: Staged, party: list[Member]) -> None:
-        transport = self._groups.seat(party, self._roster.members.values())
-        patched = party[0].patched
-        digests = Digests(staged.layout) if staged.fingerprints is None else None
-        for bucket in transfer(transport, staged.payload(patched), self._bucket_bytes):
-            self._moved_at = time.monotonic()
-            if digests is not None and not patched:
-                digests.feed(bucket)
-        if digests is not None:
-            if patched:
-                digests.feed(staged.flat)
-            staged.fingerprints = digests.result()
+    def _broadcast(self, party: list[Member]) -> None:
+        epoch = self._groups.seat(party, self._roster.members.values())
+        fingerprints = self._shares.send(epoch, len(party) + 1, party[0].patched, self._groups.live, self._moved)
         for member in party:
-            control.send(self._store, control.queue_of(member.id), Check(member.offer, staged.fingerprints or []))
+            control.send(self._store, control.queue_of(member.id), Check(member.offer, fingerprints))
+
+    def _moved(self) -> None:
+        self._moved_at = time.monotonic()
 
     def _give_up(self, party: list[Member], error: TransportError, now: float) -> None:
         """A group broke. Its members are asked again, in another group; one that hangs will be dropped."""
@@ -306,4 +302,4 @@ class Publisher:
         self._counters["failed_updates"] += len(party)
         for member in party:
             self._roster.fail(member, now)
-        self._groups.close_unused(self._roster.members.values())
+        self._groups.forget_unused(self._roster.members.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.weights.control import Beat, Done, Failed, Leave, Ready, Refused
+from engine.weights.messages import Beat, Done, Failed, Leave, Ready, Refused
 
 ALONE_AFTER = 2
 """Failures after which a member is served on its own, so that it cannot spoil the update of others again."""

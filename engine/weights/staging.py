@@ -1,4 +1,4 @@
-"""Where the learner's weights lie aside while they are sent: in one buffer, or in two by turns to see what changed."""
+"""Where a rank's share of the weights lies aside while it is sent: in one buffer, or in two by turns to see what changed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.weights.layout import Layout, layout_of
+from engine.weights.layout import Layout
 from engine.weights.patch import DTYPES, Patch, make_patch
 
 
 @dataclass
 class Staged:
-    """The newest weights, aside. `fingerprints` come with them, or from the first broadcast. `before` is the version before
+    """The newest weights of a share, aside. `fingerprints` come with them, or from the first broadcast. `before` is the version before
     in its own buffer, until `patch` was made of it."""
 
     version: int
@@ -46,14 +46,15 @@ class Staging:
         self._newest: Staged | None = None
         self._spare: Tensor | None = None
 
-    def plan(self, version: int, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, str] | None) -> Staged:
-        """How `tensors` will lie. Raises `ValueError` when there are none, or for fingerprints of other names."""
-        layout = layout_of(tensors)
+    def plan(self, version: int, layout: Layout, fingerprints: Mapping[str, str] | None) -> Staged:
+        """How a share will lie. `fingerprints` are those of its tensors, or of more."""
         nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
-        return Staged(version, layout, nothing, None if fingerprints is None else _in_order(layout, fingerprints))
+        known = None if fingerprints is None else [fingerprints[entry.name] for entry in layout.entries]
+        return Staged(version, layout, nothing, known)
 
     def copy(self, staged: Staged, tensors: Iterable[tuple[str, Tensor]]) -> Staged:
-        """Copy `tensors`, one after another, aside as planned; nothing may be sending what was staged before."""
+        """Copy those of `tensors` that were planned aside, one after another; all of them are gone through, to the end. Nothing
+        may be sending what was staged before."""
         newest, size = self._newest, staged.layout.nbytes
         flat = self._spare if self._sparse or newest is None else newest.flat
         if flat is None or flat.numel() != size:
@@ -61,7 +62,8 @@ class Staging:
         with torch.no_grad():
             views = staged.layout.views(flat)
             for name, tensor in tensors:
-                views.pop(name).copy_(tensor)
+                if (view := views.pop(name, None)) is not None:
+                    view.copy_(tensor)
         if views:
             raise ValueError(f"weights: {len(views)} tensors did not come, the first is {min(views)}; expected all")
         if flat.is_cuda:
@@ -73,11 +75,3 @@ class Staging:
                 staged.before = (newest.version, newest.flat)
         self._newest = staged
         return staged
-
-
-def _in_order(layout: Layout, fingerprints: Mapping[str, str]) -> list[str]:
-    names = [entry.name for entry in layout.entries]
-    if set(names) != set(fingerprints):
-        odd = sorted(set(names) ^ set(fingerprints))[:3]
-        raise ValueError(f"weights: tensors and fingerprints differ in names, {odd} among them; expected the same")
-    return [fingerprints[name] for name in names]

@@ -14,7 +14,11 @@ import torch
 from torch.distributed import TCPStore
 
 from engine.weights import control
-from engine.weights.control import (
+from engine.weights.gate import Entrance
+from engine.weights.incoming import Incoming, NotHeld, make_room
+from engine.weights.layout import weights_hash
+from engine.weights.messages import (
+    TO_MEMBER,
     Beat,
     Check,
     Done,
@@ -31,9 +35,6 @@ from engine.weights.control import (
     ToMember,
     ToPublisher,
 )
-from engine.weights.gate import LOCAL, open_passage
-from engine.weights.incoming import Incoming, NotHeld, make_room
-from engine.weights.layout import weights_hash
 from engine.weights.place import Place
 from engine.weights.transport import Connect, TransportError, backend_of, connect
 from engine.weights.update import Shelf, Update
@@ -67,10 +68,8 @@ class Subscriber:
         NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`, or once it is called off."""
         self._host, self._port, self._name, self._timeout_s = host, port, name, timeout_s
         self._device = torch.device(device)
-        deadline = time.monotonic() + timeout_s
-        control.await_listener(host, port, timeout_s, given_up or threading.Event())
-        self._passage = open_passage(host, port, token) if token else None
-        self._store = self._open_store(max(1.0, deadline - time.monotonic()))
+        self._entrance = Entrance(host, port, token, timeout_s=timeout_s, given_up=given_up or threading.Event())
+        self._store = self._entrance.store
         self._beat_store = self._store.clone()
         self._place = Place(
             str(self), connect, address=control.local_address(host, port), device=self._device, timeout_s=timeout_s
@@ -145,8 +144,7 @@ class Subscriber:
             thread.join(max(0.1, deadline - time.monotonic()))
             if thread.is_alive():
                 log.error("%s: %s still waits; left behind", self, thread.name)
-        if self._passage is not None:
-            self._passage.close()
+        self._entrance.close()
 
     def __enter__(self) -> Self:
         return self
@@ -158,16 +156,6 @@ class Subscriber:
 
     def __str__(self) -> str:
         return f"weights of {self._host}:{self._port} for {self._name}"
-
-    def _open_store(self, timeout_s: float) -> TCPStore:
-        if self._passage is None:
-            return control.open_store(self._host, self._port, timeout_s)
-        try:
-            return control.open_store(LOCAL, self._passage.port, timeout_s)
-        except ConnectionError as error:
-            self._passage.close()
-            why = "it refused the token" if self._passage.denied else "no answer"
-            raise ConnectionError(f"weights store at {self._host}:{self._port}: {why}") from error
 
     # --- the beat thread -----------------------------------------------------------------------------------------
 
@@ -193,7 +181,7 @@ class Subscriber:
     def _receive(self) -> None:
         try:
             while self._error is None and not self._closing.is_set():
-                self._obey(control.receive(self._store, self._member))
+                self._obey(control.receive(self._store, control.queue_of(self._member), TO_MEMBER))
             if self._error is None:
                 self._say(self._store, Leave(self._member))
         except (RuntimeError, msgspec.DecodeError) as error:  # torch's errors of a lost store; a foreign message
@@ -234,7 +222,7 @@ class Subscriber:
         except NotHeld as error:
             self._fail_offer(offer.offer, str(error))
             return
-        self._say(self._store, Ready(self._member, offer.offer, incoming.payload.numel()))
+        self._say(self._store, Ready(self._member, offer.offer, sum(payload.numel() for payload in incoming.payloads)))
         self._incoming = incoming
 
     def _take(self, take: Take) -> None:
@@ -243,12 +231,12 @@ class Subscriber:
             return
         started = time.monotonic()
         try:
-            incoming.receive(self._place.take(self._store, take), self._shelf)
+            incoming.receive(self._place.take(self._store, take, len(incoming.payloads)), self._shelf)
         except (TransportError, ValueError) as error:
             self._place.leave()
             self._fail_offer(take.offer, f"version {incoming.offer.version}: {error}")
             return
-        self._counters["bytes"] += incoming.payload.numel()
+        self._counters["bytes"] += incoming.offer.nbytes
         self._counters["receive_s"] += time.monotonic() - started
 
     def _fail_offer(self, offer: int, reason: str) -> None:
@@ -264,7 +252,7 @@ class Subscriber:
         if incoming.fingerprints is None or incoming.flat is None:
             return
         self._incoming = None
-        version, names = incoming.offer.version, [entry.name for entry in incoming.offer.layout.entries]
+        version, names = incoming.offer.version, incoming.offer.names
         found = dict(zip(names, incoming.fingerprints, strict=True))
         wrong = [name for name, expected in zip(names, check.fingerprints, strict=True) if found[name] != expected]
         if wrong:
@@ -273,8 +261,7 @@ class Subscriber:
             self._place.leave()
             self._say(self._store, Refused(self._member, check.offer, wrong))
             return
-        tensors = incoming.offer.layout.views(incoming.flat)
-        self._shelf.put(version, tensors, hash=weights_hash(found), flat=incoming.flat)
+        self._shelf.put(version, incoming.tensors(), hash=weights_hash(found), flat=incoming.flat)
         self._counters["received"] += 1
         self._say(self._store, Done(self._member, check.offer))
 

@@ -1,4 +1,4 @@
-"""The data plane: process groups of the learner (rank 0) and some members, built beside anybody's default group.
+"""The data plane: process groups of a learner's rank (rank 0 in them) and some members, beside anybody's default group.
 
 `GlooTransport` moves bytes between CPUs, `NcclTransport` between GPUs, one process a GPU (NCCL refuses two). A test
 or another fabric passes a `Connect` of its own to publisher and subscriber.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,9 +37,10 @@ class TransportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Seat:
-    """A process's place in a group. `address` is this machine's, as the other ranks reach it."""
+    """A process's place in the group that sends a share. `address` is this machine's, as the other ranks reach it."""
 
     epoch: int
+    share: int
     rank: int
     size: int
     address: str
@@ -47,12 +48,12 @@ class Seat:
     timeout_s: float
 
     def __str__(self) -> str:
-        return f"weight group {self.epoch}, rank {self.rank} of {self.size} at {self.address}"
+        return f"weight group {self.epoch} of share {self.share}, rank {self.rank} of {self.size} at {self.address}"
 
     @property
     def prefix(self) -> str:
         """Under which the store holds what the group's ranks tell each other."""
-        return f"group/{self.epoch}"
+        return f"group/{self.epoch}/{self.share}"
 
 
 class Transport(Protocol):
@@ -86,6 +87,17 @@ def transfer(transport: Transport, flat: Tensor, bucket_bytes: int) -> Iterator[
             yield _finish(*pending.popleft())
     while pending:
         yield _finish(*pending.popleft())
+
+
+def side_by_side(transfers: Iterable[Iterator[Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """The buckets of several transfers in turns, and which transfer each is of. Every rank that takes part in the same ones
+    starts them in the same order, which NCCL asks for."""
+    running = deque(enumerate(transfers))
+    while running:
+        number, buckets = running.popleft()
+        if (bucket := next(buckets, None)) is not None:
+            yield number, bucket
+            running.append((number, buckets))
 
 
 def _finish(bucket: Tensor, wait: Callable[[], None]) -> Tensor:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from engine.weights import Publisher, fingerprints
+from engine.weights import Publisher, Terms, fingerprints
 from tools.benchmarks import weights_patches
 from tools.benchmarks.weights_receiver import HOST, TIMEOUT_S, answer, ask, receiver, shapes
 
@@ -50,7 +50,7 @@ def measure(
 ) -> Row:
     flat = torch.randint(0, 255, [sum(tensor.nbytes for tensor in tensors.values())], dtype=torch.uint8)
     samples: dict[str, list[float]] = {what: [] for what in ("raw", "verified", "ratio", "copy_aside", "stall")}
-    with Publisher(HOST, bucket_bytes=mib << 20, peer_timeout_s=TIMEOUT_S) as publisher:
+    with Publisher(HOST, Terms(bucket_bytes=mib << 20, peer_timeout_s=TIMEOUT_S)) as publisher:
         ask(receiver, "join", publisher.address[1])
         for version in range(WARM_UP + repeats):
             raw = broadcast(flat, receiver)

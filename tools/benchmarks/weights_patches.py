@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from engine.weights import Publisher, fingerprints
+from engine.weights import Publisher, Terms, fingerprints
 from tools.benchmarks.weights_receiver import HOST, TIMEOUT_S, ask, receiver, shapes
 
 WARM_UP = 2
@@ -39,7 +39,7 @@ def run(shares: list[float], *, repeats: int) -> list[Row]:
 
 def measure(share: float, tensors: dict[str, Tensor], other: Connection, *, sparse: bool, repeats: int) -> Row:
     samples: dict[str, list[float]] = {"seconds": [], "bytes": [], "changed": [], "patch_s": []}
-    with Publisher(HOST, peer_timeout_s=TIMEOUT_S, sparse=sparse) as publisher:
+    with Publisher(HOST, Terms(peer_timeout_s=TIMEOUT_S, sparse=sparse)) as publisher:
         ask(other, "join", publisher.address[1])
         for version in range(WARM_UP + repeats):
             change(tensors, share, version)
