@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.faults.network import Network, NoNetwork
+from tools.faults.network import Network
+from tools.faults.switch import NoNetwork
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "".join(map(chr, range(0x4E00, 0x4E00 + 1500))) + "0123456789= "

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import Any, Protocol
 
 import torch.distributed
@@ -65,6 +66,8 @@ class Transport(Protocol):
         """Give the connections back; the other ranks' pending operations fail."""
 
 
+Moving = tuple[Tensor, Callable[[], None]]
+"""A bucket on its way, and what waits for its end."""
 Connect = Callable[[Store, Seat], Transport]
 """Builds the transport of a seat; blocks until all ranks are there. Raises `TransportError`."""
 
@@ -79,30 +82,31 @@ def connect(store: Store, seat: Seat) -> Transport:
 
 
 def transfer(transport: Transport, flat: Tensor, bucket_bytes: int) -> Iterator[Tensor]:
-    """Move `flat` (uint8 [n]) bucket by bucket; yields each bucket once it is through, while the next ones move."""
-    pending: deque[tuple[Tensor, Callable[[], None]]] = deque()
-    for bucket in flat.split(bucket_bytes):
-        pending.append((bucket, transport.broadcast(bucket)))
-        if len(pending) == IN_FLIGHT:
-            yield _finish(*pending.popleft())
-    while pending:
-        yield _finish(*pending.popleft())
+    """Move `flat` (uint8 [n]) bucket by bucket, from the call on; yields each bucket once it is through, while the next ones
+    move."""
+    buckets = iter(flat.split(bucket_bytes))
+    started = deque((bucket, transport.broadcast(bucket)) for bucket in islice(buckets, IN_FLIGHT))
+    return _through(transport, started, buckets)
+
+
+def _through(transport: Transport, started: deque[Moving], buckets: Iterator[Tensor]) -> Iterator[Tensor]:
+    while started:
+        bucket, wait = started.popleft()
+        wait()
+        if (following := next(buckets, None)) is not None:
+            started.append((following, transport.broadcast(following)))
+        yield bucket
 
 
 def side_by_side(transfers: Iterable[Iterator[Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """The buckets of several transfers in turns, and which transfer each is of. Every rank that takes part in the same ones
-    starts them in the same order, which NCCL asks for."""
+    """The buckets of several transfers that move at once, in turns, and which transfer each is of. Ranks that take part in the
+    same transfers go on with them in the same order, which NCCL asks for."""
     running = deque(enumerate(transfers))
     while running:
         number, buckets = running.popleft()
         if (bucket := next(buckets, None)) is not None:
             yield number, bucket
             running.append((number, buckets))
-
-
-def _finish(bucket: Tensor, wait: Callable[[], None]) -> Tensor:
-    wait()
-    return bucket
 
 
 class GlooTransport:

@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.faults.campaign import Campaign
-from tools.faults.network import Network, NoNetwork
+from tools.faults.network import Network
 from tools.faults.result import Result, Settings, figures, read, write
+from tools.faults.switch import NoNetwork
 
 OWN = Path(__file__).with_name("chaos.toml")
 
