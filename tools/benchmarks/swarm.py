@@ -42,6 +42,7 @@ from protocols.link import Client
 from protocols.link_messages import Hello, Role
 from protocols.log import Log
 from tools.benchmarks.elastic import numbers
+from tools.faults.processes import slowed
 from workers.roles import ROLE_COMMAND, role_command
 from workers.supervise import Supervisor
 
@@ -128,28 +129,6 @@ class Learner(Worker):
             self.client.send(m.PlanRequest(message.step + 1))
 
 
-class Throttle(threading.Thread):
-    """Lets a process run for `share` of the time, from `start` to `stop`."""
-
-    def __init__(self, process: psutil.Process, share: float) -> None:
-        super().__init__(name="throttle", daemon=True)
-        self._process, self._share, self._over = process, share, threading.Event()
-
-    def run(self) -> None:
-        try:
-            while not self._over.is_set():
-                time.sleep(PERIOD_S * self._share)
-                self._process.suspend()
-                self._over.wait(PERIOD_S * (1 - self._share))
-                self._process.resume()
-        finally:
-            self._process.resume()
-
-    def stop(self) -> None:
-        self._over.set()
-        self.join(TIMEOUT_S)
-
-
 def run(
     folder: Path,
     name: str,
@@ -186,9 +165,7 @@ def run(
             parts.callback(over.set)
             process = psutil.Process(supervisor.pid("buffer"))
             if share < 1:
-                throttle = Throttle(process, share)
-                parts.callback(throttle.stop)
-                throttle.start()
+                parts.enter_context(slowed(process, stopped_s=PERIOD_S * (1 - share), runs_s=PERIOD_S * share))
             time.sleep(WARM_UP_S)
             return _measure(config.run_dir, process, makers, seconds)
     finally:

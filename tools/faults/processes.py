@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import psutil
 
@@ -44,6 +45,26 @@ def send(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
+
+
+@contextlib.contextmanager
+def slowed(process: psutil.Process, *, stopped_s: float, runs_s: float) -> Iterator[None]:
+    """A process that gets little of the machine: it goes on and is stopped in turns, and goes on in the end."""
+    over = threading.Event()
+
+    def slow() -> None:
+        while not over.wait(runs_s):
+            send([process], signal.SIGSTOP)
+            over.wait(stopped_s)
+            send([process], signal.SIGCONT)
+
+    thread = threading.Thread(target=slow, name="slowed", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(10.0)
 
 
 def gone(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:

@@ -7,19 +7,20 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from msgspec import Struct
 
 from engine.config import load_config
 from protocols.link_messages import Status
 from tools.faults.mood import FILE, Mood
 from tools.faults.observer import Observer
+from tools.faults.processes import slowed
 from workers.roles import ROLE_COMMAND, role_command, role_threads, roles
 from workers.supervise import Supervisor
 
@@ -97,25 +98,9 @@ class Standing:
     def send(self, name: str, number: signal.Signals) -> None:
         os.kill(self.supervisor.pid(name), number)
 
-    @contextmanager
-    def slowed(self, name: str, *, stopped_s: float, runs_s: float) -> Iterator[None]:
-        """A process that gets little of the machine: stopped, and going on, in turns."""
-        over = threading.Event()
-
-        def slow() -> None:
-            while not over.is_set():
-                self.send(name, signal.SIGSTOP)
-                over.wait(stopped_s)
-                self.send(name, signal.SIGCONT)
-                over.wait(runs_s)
-
-        thread = threading.Thread(target=slow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join(10.0)
+    def slowed(self, name: str, *, stopped_s: float, runs_s: float) -> AbstractContextManager[None]:
+        """A role's process that gets little of the machine."""
+        return slowed(psutil.Process(self.supervisor.pid(name)), stopped_s=stopped_s, runs_s=runs_s)
 
     def mood(self, mood: Mood) -> None:
         """How the reward scores from now on."""
