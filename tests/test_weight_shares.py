@@ -253,12 +253,13 @@ def test_members_that_die_or_stall_amid_the_shares_are_dropped_and_the_others_go
 
 
 def test_a_keeper_says_what_it_waits_for(stack: ExitStack) -> None:
-    learner = Ranks(stack, Terms(peer_timeout_s=0.2, ranks=2))
-    with pytest.raises(TimeoutError, match=r"learner rank 1 waited 1 s for the first rank to publish version 7"):
-        learner.keepers[0].keep(7, {"x": torch.ones(5), "y": torch.ones(5)})
-    learner.publisher.close()
+    publisher = stack.enter_context(Publisher(LOCAL, terms(2)))
+    keeper = stack.enter_context(Keeper(*publisher.address, rank=1, terms=terms(2), publish_s=0.5))
+    with pytest.raises(TimeoutError, match=r"learner rank 1 waited 0\.5 s for the first rank to publish version 7"):
+        keeper.keep(7, {"x": torch.ones(5), "y": torch.ones(5)})
+    publisher.close()
     with pytest.raises(RuntimeError, match="the first rank's store is lost"):
-        learner.keepers[0].keep(8, {"x": torch.ones(5), "y": torch.ones(5)})
+        keeper.keep(8, {"x": torch.ones(5), "y": torch.ones(5)})
 
 
 def test_terms_are_checked() -> None:

@@ -45,7 +45,8 @@ DEADLINES = [
     # --- weights ---
     Wait("engine.weights.control.PROBE_S", 5, "a generator, for the learner's port to take a connection", "tries again"),
     Wait("engine.weights.gate.HANDSHAKE_S", 10, "the gate, for a generator's token", "cut off"),
-    Wait("Terms.peer_timeout_s", 60, "a learner rank, for a member; 3 times as long for the first rank to publish", "dropped; an error"),
+    Wait("Terms.peer_timeout_s", 60, "a learner rank, for a member; `LearnerConfig.peer_timeout_s` in a run", "dropped"),
+    Wait("engine.weights.keeper.PUBLISH_S", 3600, "a learner rank, for the first one to publish", "an error"),
     Wait("engine.weights.publisher.GRACE_S", 2, "the learner, beyond peer_timeout_s, for a broadcast to move or to end", "an error"),
     Wait("workers.weight_feed.LEARNER_TIMEOUT_S", 1800, "a generator, without any learner", "exit code 1"),
     # --- SGLang ---

@@ -30,17 +30,29 @@ log = logging.getLogger(__name__)
 
 TELL_S = 1.0
 """Between two words that bytes move."""
+PUBLISH_S = 3600.0
+"""How long the first rank may take until it publishes: it commits before, and may have a checkpoint to write. That it is gone
+shows at once."""
 
 
 class Keeper:
     """Keeps share `rank` of each version, on that rank."""
 
     def __init__(
-        self, host: str, port: int, *, rank: int, terms: Terms, token: str = "", connect: Connect = connect
+        self,
+        host: str,
+        port: int,
+        *,
+        rank: int,
+        terms: Terms,
+        token: str = "",
+        publish_s: float = PUBLISH_S,
+        connect: Connect = connect,
     ) -> None:
         """Of the publisher at `host:port`, which has the same `terms`. Raises `ConnectionError` when it does not answer within
         their `peer_timeout_s`."""
         self._rank, self._ranks, self._timeout_s = rank, terms.ranks, terms.peer_timeout_s
+        self._publish_s = publish_s
         self._entrance = Entrance(host, port, token, timeout_s=self._timeout_s, given_up=threading.Event())
         self._store = self._entrance.store
         self._waker = self._store.clone()
@@ -103,14 +115,13 @@ class Keeper:
         self.close()
 
     def _wait_for_turn(self, version: int) -> None:
-        """The first rank may wait for a broadcast as long as its bytes move; it fails on its own when they do not."""
-        deadline = time.monotonic() + 3 * self._timeout_s
+        deadline = time.monotonic() + self._publish_s
         while self._renewed != version:
             if not self._thread.is_alive():
                 raise RuntimeError(f"weights: learner rank {self._rank}: the first rank's store is lost")
             if (left := deadline - time.monotonic()) <= 0:
                 what = f"for the first rank to publish version {version}"
-                raise TimeoutError(f"weights: learner rank {self._rank} waited {3 * self._timeout_s:.0f} s {what}")
+                raise TimeoutError(f"weights: learner rank {self._rank} waited {self._publish_s} s {what}")
             self._changed.wait(min(left, 1.0))
 
     # --- the background thread -----------------------------------------------------------------------------------
