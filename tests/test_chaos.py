@@ -41,11 +41,12 @@ CONFIG = ROOT / "tools" / "faults" / "chaos.toml"
 @pytest.mark.skipif(sys.platform != "linux", reason="kills by /proc and SIGSTOP: needs Linux, as Headrace itself does")
 def test_each_role_killed_once_and_the_run_is_whole(tmp_path: Path) -> None:
     """One of each: a generator, the reward, the learner and the buffer killed, a generator and the reward stopped for
-    longer than a lease. Every log is audited and trained again afterwards. While the one generator, or the learner, is
-    gone, no step is made: so few steps suffice."""
+    longer than a lease, and at last everything killed at once. Every log is audited and trained again afterwards. While
+    the one generator, or the learner, is gone, no step is made: so few steps suffice."""
     report = tmp_path / "chaos.json"
     command = [
-        sys.executable, "-m", "tools.faults", str(CONFIG), "--kills", "6", "--seed", "7", "--pause", "0.2", "--stops", "5",
+        sys.executable, "-m", "tools.faults", str(CONFIG), "--kills", "6", "--power-cuts", "1", "--seed", "7",
+        "--pause", "0.2", "--stops", "5",
         "--out", str(tmp_path), "--json", str(report), "--limit", "600", "--recover", "240",
         "--set", "steps=80", "--set", "generator.count=1",
     ]  # fmt: skip
@@ -54,7 +55,8 @@ def test_each_role_killed_once_and_the_run_is_whole(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     assert found["violations"] == []
     assert {name: row["faults"] for name, row in found["roles"].items()} == {
-        "buffer, kill": 1, "generator, kill": 1, "generator, stop": 1, "learner, kill": 1, "reward, kill": 1, "reward, stop": 1,
+        "buffer, kill": 1, "everything, power": 1, "generator, kill": 1, "generator, stop": 1, "learner, kill": 1,
+        "reward, kill": 1, "reward, stop": 1,
     }  # fmt: skip
     for run in found["result"]["runs"]:
         assert run["code"] == 0

@@ -133,10 +133,20 @@ class Campaign:
             self._keep(outcome)
             if any(text.startswith("waited") for text in outcome.violations):
                 return "abandon"
-        if (cut := self._cut_outcome(run)) is not None and cut.step_s is None:
+        if (cut := self._cut_outcome(run)) is not None:
+            self._await_return(cut, drill)
+        return "finish"
+
+    def _await_return(self, cut: Outcome, drill: Drill) -> None:
+        """After a power cut that no other fault follows, or whose run ended before one did."""
+        deadline = time.monotonic() + drill.recover_s
+        while cut.step_s is None and not drill.over() and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            self._see_cut_through(drill.observer)
+        self._see_cut_through(drill.observer)
+        if cut.step_s is None:
             cut.violations.append("the run did not go on")
             self._tell(cut)
-        return "finish"
 
     def _progressed(self, drill: Drill, config: Config) -> bool:
         """Waits for two more steps and a random while; False when too little of the run is left, or too little time."""
