@@ -14,11 +14,12 @@ from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from protocols.closable import Closable
 from protocols.log_rows import Event, GroupRow, Kind, Meta, OpenGroup, Origin, SampleState, Start, Status, StepRow
 from protocols.log_schema import SCHEMA, LogError
 from protocols.messages import BOOL, FLOAT, INT, Batch, Grade, GroupSize, Rollout
@@ -45,7 +46,7 @@ _EVALUATION = """SELECT g.min_version, avg(s.correct), avg(s.reward), avg(s.resp
     FROM groups AS g JOIN samples AS s ON s.group_id = g.id WHERE g.kind = 'eval'"""
 
 
-class LogReader:
+class LogReader(Closable):
     """A log, read. Raises `LogError` when the file turns out to be damaged."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -54,12 +55,6 @@ class LogReader:
 
     def close(self) -> None:
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # --- the run --------------------------------------------------------------------------------------------------
 

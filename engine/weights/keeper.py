@@ -11,8 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import msgspec
 from torch import Tensor
@@ -25,6 +23,7 @@ from engine.weights.messages import TO_KEEPER, Kept, Moved, Renew, Send, Sent, S
 from engine.weights.share import Share
 from engine.weights.terms import Terms
 from engine.weights.transport import Connect, TransportError, connect
+from protocols.closable import Closable
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ PUBLISH_S = 3600.0
 shows at once."""
 
 
-class Keeper:
+class Keeper(Closable):
     """Keeps share `rank` of each version, on that rank."""
 
     def __init__(
@@ -105,14 +104,6 @@ class Keeper:
         if self._thread.is_alive():
             log.error("weights: the keeper's thread still waits for a transport; left behind")
         self._entrance.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _wait_for_turn(self, version: int) -> None:
         deadline = time.monotonic() + self._publish_s

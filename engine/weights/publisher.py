@@ -7,8 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,6 +23,7 @@ from engine.weights.shares import Shares
 from engine.weights.staging import Staged
 from engine.weights.terms import Terms
 from engine.weights.transport import Connect, TransportError, backend_of, connect
+from protocols.closable import Closable
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ IDLE_POLL_S = 0.02
 BUSY_POLL_S = 0.0003
 
 
-class Publisher:
+class Publisher(Closable):
     """Sends every version of the weights to whatever subscribers there are at the time.
 
     One thread keeps the members and broadcasts. A subscriber may join at any time and gets the newest version at
@@ -156,14 +155,6 @@ class Publisher:
             log.error("weights: the publisher's thread still waits for a transport; left behind")
             return
         self._store = None  # the store's server ends with the last reference to it
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # --- the caller's side ---------------------------------------------------------------------------------------
 

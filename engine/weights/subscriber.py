@@ -6,8 +6,6 @@ import atexit
 import logging
 import threading
 import time
-from types import TracebackType
-from typing import Self
 
 import msgspec
 import torch
@@ -38,11 +36,12 @@ from engine.weights.messages import (
 from engine.weights.place import Place
 from engine.weights.transport import Connect, TransportError, backend_of, connect
 from engine.weights.update import Shelf, Update
+from protocols.closable import Closable
 
 log = logging.getLogger(__name__)
 
 
-class Subscriber:
+class Subscriber(Closable):
     """Receives the versions of a `Publisher`, as many as it can keep up with, newest last.
 
     Two threads: one receives, one beats, so that the learner and this end each know that the other lives. When the
@@ -145,14 +144,6 @@ class Subscriber:
             if thread.is_alive():
                 log.error("%s: %s still waits; left behind", self, thread.name)
         self._entrance.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __str__(self) -> str:
         return f"weights of {self._host}:{self._port} for {self._name}"

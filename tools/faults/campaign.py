@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from tools.faults.drill import LOOK_S, Drill, Fault, Outcome, possible
 from tools.faults.far import FAR, LISTEN, Far, joined
 from tools.faults.network import Network
 from tools.faults.observer import Observer
-from tools.faults.processes import alive, cut_power, gone, roles_of, send, tree
+from tools.faults.processes import alive, cut_power, gone, naming, roles_of, send, tree
 from tools.faults.result import Result, Run, Settings
 from workers.audit import audit
 
@@ -241,7 +240,7 @@ class Campaign:
                 launcher.kill()
                 launcher.wait(END_S)
             send(gone(everything, 5.0), signal.SIGKILL)
-        left = gone(_of_run(config), 10.0)
+        left = gone(naming(f"{config.run_dir / 'config.toml'}"), 10.0)
         run.violations += [
             f"left behind after the end: pid {p.pid}, {' '.join(p.cmdline())[:120]}" for p in alive(left)
         ]
@@ -297,13 +296,3 @@ class Campaign:
             )
         for text in outcome.violations:
             self.say(f"     VIOLATION {text}")
-
-
-def _of_run(config: Config) -> list[psutil.Process]:
-    """Processes of this run, wherever they hang: their command lines name its folder."""
-    found, own = [], f"{config.run_dir / 'config.toml'}"
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and own in process.cmdline():
-                found.append(process)
-    return found

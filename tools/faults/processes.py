@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -34,6 +35,16 @@ def tree(process: psutil.Process) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def naming(argument: str) -> list[psutil.Process]:
+    """Processes, but for this one, that have it in their command lines, wherever they hang."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and argument in process.cmdline():
+                found.append(process)
+    return found
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
