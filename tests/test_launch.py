@@ -305,6 +305,10 @@ def test_ranks_and_generators_get_gpus_of_their_own_while_there_are_any() -> Non
     seen = {name: env["CUDA_VISIBLE_DEVICES"] for name, env in place(config, ["0", "1", "2", "3"]).items()}
     assert seen == {"learner": "0,1", "generator-0": "2", "generator-1": "3", "generator-2": "0"}
     assert place(config, ["0"]) == {}
+    engine = {"type": "vllm", "tensor_parallel": 2}
+    sharded = parse_config({**BASE, "generator": {"sampling": {"max_tokens": 1}, "count": 2, "engine": engine}}, "t")
+    seen = {name: env["CUDA_VISIBLE_DEVICES"] for name, env in place(sharded, ["0", "1", "2", "3", "4"]).items()}
+    assert seen == {"learner": "0", "generator-0": "1,2", "generator-1": "3,4"}
     assert "learner" not in place(parse_config({**BASE, "learner": {"lr": 1.0, "device": "cuda:1"}}, "t"), ["0", "1"])
 
 

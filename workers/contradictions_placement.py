@@ -63,10 +63,9 @@ def _processors(config: Config) -> Iterator[str]:
     if generator.threads > placement.generator.cpus:
         yield f"generator.threads = {generator.threads}, and placement.generator.cpus = {placement.generator.cpus}"
     sharded = not isinstance(generator.engine, TorchEngine)
-    used = 1 if isinstance(generator.engine, TorchEngine) else generator.engine.tensor_parallel
-    if placement.generator.gpus not in (0, used):
+    if placement.generator.gpus not in (0, generator.engine.cards):
         what = "generator.engine.tensor_parallel" if sharded else "the torch engine's GPUs"
-        yield f"placement.generator.gpus = {placement.generator.gpus}, and {what} = {used}"
+        yield f"placement.generator.gpus = {placement.generator.gpus}, and {what} = {generator.engine.cards}"
 
 
 def _device(role: str, device: str, each: Resources) -> Iterator[str]:

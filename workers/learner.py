@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Config, DeepSpeedBackend, LearnerConfig
-from engine.devices import resolve_device
+from engine.devices import collective_backend, use_device
 from engine.trained_model import Ranks
 from engine.weights import Keeper, Publisher, Terms
 from protocols import messages as m
@@ -58,13 +58,11 @@ def run(config: Config, join: str) -> int:
     """Trains until the last step is committed. Exit code 0 when the buffer says the run is complete or stopped."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(config.learner.threads)
-    device = resolve_device(config.learner.device)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = use_device(config.learner.device)
     if world > 1:
         # The first rank may wait for a generator that hangs, and for the buffer, while the others wait for it.
         timeout = timedelta(seconds=3 * config.learner.peer_timeout_s + COMMIT_TIMEOUT_S)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group(collective_backend(device), timeout=timeout)
     hello = Hello(role="learner", name=f"learner-{rank}", host=socket.gethostname(), pid=os.getpid())
     client = Client(join, hello, timeout_s=60.0, keys=worker_keys(config, "learner"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import ConfigError, LearnerConfig
-from engine.devices import resolve_device
+from engine.devices import collective_backend, use_device
 from workers.roles import torchrun
 from workers.supervise import TETHER
 
@@ -40,14 +40,12 @@ def ranks_of(learner: LearnerConfig) -> Iterator[tuple[int, int, str]]:
     """(rank, world, device) of this process; a process group where there are several ranks."""
     torch.set_num_threads(learner.threads)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = resolve_device(learner.device)
+    device = use_device(learner.device)
     if world == 1:
         yield rank, world, device
         return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=learner.peer_timeout_s)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    dist.init_process_group(collective_backend(device), timeout=timeout)
     scratch = os.environ.get(SCRATCH)
     try:
         yield rank, world, device

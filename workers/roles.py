@@ -98,8 +98,8 @@ def is_refusal(exit: Exit) -> bool:
 
 
 def place(config: Config, gpus: list[str]) -> dict[str, dict[str, str]]:
-    """Which GPU each role sees: the learner's ranks the first ones, generators those after, around again when they
-    run out. Nothing for a device that the config names itself."""
+    """Which GPUs each role sees: the learner's ranks the first ones, generators those after, as many as each uses, around
+    again when they run out. Nothing for a device that the config names itself."""
     if len(gpus) < 2:
         return {}
     ranks = config.learner.ranks
@@ -107,8 +107,10 @@ def place(config: Config, gpus: list[str]) -> dict[str, dict[str, str]]:
     if config.learner.device == "auto" and ranks <= len(gpus):
         seen["learner"] = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:ranks])}
     if config.generator is not None and config.generator.device == "auto":
+        each = min(config.generator.engine.cards, len(gpus))
         for i in range(config.generator.count):
-            seen[f"generator-{i}"] = {"CUDA_VISIBLE_DEVICES": gpus[(ranks + i) % len(gpus)]}
+            own = [gpus[(ranks + i * each + k) % len(gpus)] for k in range(each)]
+            seen[f"generator-{i}"] = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
     return seen
 
 

@@ -18,6 +18,7 @@ class Groups:
     def __init__(self, store: TCPStore) -> None:
         self._store = store
         self._members: dict[int, tuple[int, ...]] = {}
+        self._nccl: dict[int, bool] = {}
         self.built = 0
 
     @property
@@ -29,13 +30,14 @@ class Groups:
         """Tell each of `party` to take its offer at its rank; the epoch. Groups that a member has left by that are `live` no more."""
         members = tuple(member.id for member in party)
         epoch = party[0].epoch
-        if self._members.get(epoch) != members or any(member.epoch != epoch for member in party):
+        same = self._members.get(epoch) == members and self._nccl[epoch] == party[0].nccl
+        if not same or any(member.epoch != epoch for member in party):
             self.built += 1
             epoch = self.built
         for rank, member in enumerate(party, 1):
             member.epoch = epoch
-            send(self._store, queue_of(member.id), Take(member.offer, epoch, rank, len(party) + 1))
-        self._members[epoch] = members
+            send(self._store, queue_of(member.id), Take(member.offer, epoch, rank, len(party) + 1, member.nccl))
+        self._members[epoch], self._nccl[epoch] = members, party[0].nccl
         self.forget_unused(everybody)
         return epoch
 
@@ -44,7 +46,7 @@ class Groups:
         epochs = {member.id: member.epoch for member in everybody}
         for epoch, members in list(self._members.items()):
             if any(epochs.get(member) != epoch for member in members):
-                del self._members[epoch]
+                del self._members[epoch], self._nccl[epoch]
         for key in self._store.list_keys():
             root, _, rest = key.partition("/")
             if root == "group" and int(rest.partition("/")[0]) not in {*self._members, self.built}:

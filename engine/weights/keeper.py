@@ -144,9 +144,9 @@ class Keeper(Closable):
                     return
                 self._changed.wait(1.0)
         staged.make_patch()
-        kept = Kept(self._rank, version)
+        kept = Kept(self._rank, version, self._share.card)
         if (patch := staged.patch) is not None:
-            kept = Kept(self._rank, version, patch.layout, patch.changed, patch.entries)
+            kept = Kept(self._rank, version, self._share.card, patch.layout, patch.changed, patch.entries)
         self._say(kept)
 
     def _send(self, order: Send) -> None:

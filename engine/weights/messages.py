@@ -11,11 +11,11 @@ from engine.weights.patch import PatchLayout
 
 
 class Join(Struct, frozen=True, tag="join"):
-    """I want every update. `version` is the newest that I hold; `backend` moves my payloads."""
+    """I want every update. `version` is the newest that I hold, `card` the GPU that mine lie on (empty: the host's memory)."""
 
     member: int
     name: str
-    backend: str
+    card: str = ""
     version: int | None = None
 
 
@@ -84,12 +84,13 @@ class Offer(Struct, frozen=True, tag="offer"):
 
 
 class Take(Struct, frozen=True, tag="take"):
-    """Receive this offer now, as `rank` of `size` in the groups of `epoch`: one for each share."""
+    """Receive this offer now, as `rank` of `size` in the groups of `epoch`, one for each share: of NCCL or of gloo."""
 
     offer: int
     epoch: int
     rank: int
     size: int
+    nccl: bool
 
 
 class Check(Struct, frozen=True, tag="check"):
@@ -101,12 +102,6 @@ class Check(Struct, frozen=True, tag="check"):
 
 class Dropped(Struct, frozen=True, tag="dropped"):
     """You are no member any more; join again."""
-
-
-class Reject(Struct, frozen=True, tag="reject"):
-    """You cannot be a member, and why."""
-
-    reason: str
 
 
 class Stop(Struct, frozen=True, tag="stop"):
@@ -126,16 +121,18 @@ class Send(Struct, frozen=True, tag="send"):
     number: int
     epoch: int
     size: int
+    nccl: bool
     patched: bool
     live: list[int]
 
 
 class Kept(Struct, frozen=True, tag="kept"):
-    """A keeper's share of this version lies aside. `changed` of its `entries` differ from the version before, where there is a
-    `patch`."""
+    """A keeper's share of this version lies aside. `card` is the GPU that it sends from, empty for a CPU. `changed` of its
+    `entries` differ from the version before, where there is a `patch`."""
 
     share: int
     version: int
+    card: str = ""
     patch: PatchLayout | None = None
     changed: int = 0
     entries: int = 0
@@ -157,7 +154,7 @@ class Sent(Struct, frozen=True, tag="sent"):
 
 
 ToPublisher = Join | Beat | Ready | Done | Refused | Failed | Leave
-ToMember = Offer | Take | Check | Dropped | Reject | Stop
+ToMember = Offer | Take | Check | Dropped | Stop
 FromKeeper = Kept | Moved | Sent
 ToKeeper = Renew | Send | Stop
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 class Place:
     """Holds the transports of the groups that it was last told to take; `who` it is for, in the log. `address` is this machine's,
-    as the other ranks reach it."""
+    as the other ranks reach it, `device` where NCCL receives."""
 
     def __init__(self, who: str, connect: Connect, *, address: str, device: torch.device, timeout_s: float) -> None:
         self._who, self._connect = who, connect
@@ -32,7 +32,8 @@ class Place:
         self._epoch = take.epoch
         while len(self._transports) < shares:
             share = len(self._transports)
-            seat = Seat(take.epoch, share, take.rank, take.size, self._address, self._device, self._timeout_s)
+            device = self._device if take.nccl else torch.device("cpu")
+            seat = Seat(take.epoch, share, take.rank, take.size, self._address, device, self._timeout_s)
             store = store.clone()
             store.set_timeout(timedelta(seconds=self._timeout_s))
             self._transports.append(self._connect(store, seat))

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from engine.gathered import Gathered, held
@@ -16,13 +15,13 @@ from engine.weights import control
 from engine.weights.gate import LOCAL, Relay, open_gate
 from engine.weights.groups import Groups
 from engine.weights.keepers import Keepers
-from engine.weights.messages import TO_PUBLISHER, Check, Failed, Join, Leave, Ready, Refused, Reject, ToPublisher
+from engine.weights.messages import TO_PUBLISHER, Check, Failed, Join, Leave, Ready, Refused, ToPublisher
 from engine.weights.roster import Member, Roster
 from engine.weights.share import Share
 from engine.weights.shares import Shares
 from engine.weights.staging import Staged
 from engine.weights.terms import Terms
-from engine.weights.transport import Connect, TransportError, backend_of, connect
+from engine.weights.transport import Connect, TransportError, connect
 from protocols.closable import Closable
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,6 @@ class Publisher(Closable):
         called with every `publish`. Raises `OSError` when it cannot listen.
         """
         peer_timeout_s = terms.peer_timeout_s
-        self._backend = backend_of(torch.device(terms.device))
         self._peer_timeout_s = peer_timeout_s
         self._gate: Relay | None = None
         if token:
@@ -208,14 +206,15 @@ class Publisher(Closable):
         if version is None or not self._shares.ready():
             return []
         patches = self._shares.patches
-        for member in self._roster.offer(version, now, patches[0].base if patches else None):
+        for member in self._roster.offer(version, now, patches[0].base if patches else None, self._shares.cards):
             offer = self._shares.offer(member.offer, member.patched)
             control.send(self._store, control.queue_of(member.id), offer)
         return self._roster.party(version, now)
 
     def _hear(self, message: ToPublisher, now: float) -> None:
         if isinstance(message, Join):
-            self._admit(message, now)
+            self._roster.join(Member(message.member, message.name, message.version, now, message.card))
+            self._changed.notify_all()
             return
         member = self._roster.hear(message, now)
         if member is None:
@@ -233,17 +232,6 @@ class Publisher(Closable):
                 log.warning("weights: %s did not get an update: %s", member.name, message.reason)
             case Leave():
                 control.forget(self._store, member.id)
-        self._changed.notify_all()
-
-    def _admit(self, message: Join, now: float) -> None:
-        if message.backend != self._backend:
-            reason = (
-                f"weights: {message.name} wants {message.backend}, but the learner's device sends over {self._backend}"
-            )
-            log.error("%s", reason)
-            control.send(self._store, control.queue_of(message.member), Reject(reason))
-            return
-        self._roster.join(Member(message.member, message.name, message.version, now))
         self._changed.notify_all()
 
     def _compare(self, staged: Staged) -> None:
@@ -279,7 +267,7 @@ class Publisher(Closable):
 
     def _broadcast(self, party: list[Member]) -> None:
         epoch = self._groups.seat(party, self._roster.members.values())
-        fingerprints = self._shares.send(epoch, len(party) + 1, party[0].patched, self._groups.live, self._moved)
+        fingerprints = self._shares.send(epoch, party, self._groups.live, self._moved)
         for member in party:
             control.send(self._store, control.queue_of(member.id), Check(member.offer, fingerprints))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.weights.messages import Beat, Done, Failed, Leave, Ready, Refused
@@ -21,12 +22,14 @@ class Member:
     name: str
     version: int | None
     heard: float
+    card: str = ""
     epoch: int = 0
     offer: int = 0
     offered_version: int = -1
     asked_at: float = math.inf
     ready: bool = False
     patched: bool = False
+    nccl: bool = False
     served: bool = False
     failures: int = 0
     retry_at: float = 0.0
@@ -90,9 +93,10 @@ class Roster:
         """Members that do not hold `version`."""
         return [member for member in self.members.values() if member.version != version]
 
-    def offer(self, version: int, now: float, base: int | None = None) -> list[Member]:
+    def offer(self, version: int, now: float, base: int | None = None, cards: Collection[str] = ()) -> list[Member]:
         """Members that are to be offered `version` now; each has its offer's number set. Where there is a patch of version
-        `base`, those that hold `base`, and had no trouble of late, are to be `patched`."""
+        `base`, those that hold `base`, and had no trouble of late, are to be `patched`. Where the learner sends from `cards`,
+        those on other cards are to be served over `nccl`."""
         chosen = []
         for member in self.behind(version):
             if member.offer and (member.offered_version == version or member.asked_at < math.inf):
@@ -101,19 +105,26 @@ class Roster:
                 self._offers += 1
                 member.offer, member.offered_version, member.ready = self._offers, version, False
                 member.patched = base is not None and member.version == base and not member.failures
+                member.nccl = self._by_nccl(member, cards)
                 member.asked_at = now
                 chosen.append(member)
         return chosen
 
     def party(self, version: int, now: float) -> list[Member]:
-        """Who receives `version` together now, all of them whole or all of them patched; nobody while some that have just
+        """Who receives `version` together now, all of them in the same way; nobody while some that have just
         been asked may still answer."""
         if self.expecting(now):
             return []
         ready = [member for member in self.behind(version) if member.ready and member.offered_version == version]
         sound = [member for member in ready if member.failures < ALONE_AFTER]
         chosen = [m for m in sound if m.served] or sound or ready[:1]
-        return [m for m in chosen if m.patched == chosen[0].patched]
+        return [m for m in chosen if (m.patched, m.nccl) == (chosen[0].patched, chosen[0].nccl)]
+
+    def _by_nccl(self, member: Member, cards: Collection[str]) -> bool:
+        """NCCL wants every process on a card of its own. Who had trouble gets the weights over gloo, which all have."""
+        if not cards or not member.card or member.card in cards or member.failures >= ALONE_AFTER:
+            return False
+        return all(other.card != member.card for other in self.members.values() if other.id < member.id)
 
     def expecting(self, now: float) -> bool:
         """Whether somebody has been asked so recently that his answer is worth waiting for."""

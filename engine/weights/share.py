@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import TCPStore
 
+from engine.devices import card_of, exact_device
 from engine.weights.layout import Digests
 from engine.weights.messages import Send
 from engine.weights.staging import Staged, Staging
@@ -27,6 +28,9 @@ class Share:
         self.staged: Staged | None = None
         self._number, self._store, self._connect = number, store, connect
         self._address, self._terms = address, terms
+        self._device = exact_device(terms.device)
+        self.card = card_of(self._device)
+        """The GPU that NCCL sends from; empty where it cannot."""
         self._transports: dict[int, Transport] = {}
 
     @property
@@ -63,7 +67,8 @@ class Share:
 
     def _seated(self, order: Send) -> Transport:
         if order.epoch not in self._transports:
-            device, timeout_s = torch.device(self._terms.device), self._terms.peer_timeout_s
+            device = self._device if order.nccl else torch.device("cpu")
+            timeout_s = self._terms.peer_timeout_s
             seat = Seat(order.epoch, self._number, 0, order.size, self._address, device, timeout_s)
             store = self._store.clone()
             store.set_timeout(timedelta(seconds=timeout_s))

@@ -10,6 +10,7 @@ from engine.weights.keepers import Keepers
 from engine.weights.layout import Layout, share_out
 from engine.weights.messages import Offer, Send
 from engine.weights.patch import PatchLayout
+from engine.weights.roster import Member
 from engine.weights.share import Share
 from engine.weights.staging import Staged
 from engine.weights.terms import Terms
@@ -88,11 +89,17 @@ class Shares:
         layouts = [own.layout, *self._keepers.shares]
         return Offer(number, own.version, self._terms.bucket_bytes, layouts, self.patches if patched else [])
 
-    def send(self, epoch: int, size: int, patched: bool, live: list[int], moved: Callable[[], None]) -> list[str]:
-        """Send all shares at once, each from its rank, in groups of `size` ranks; what the tensors hash to, share after share.
-        `moved` is called while bytes move. Raises `TransportError`, once no rank is sending any more."""
+    @property
+    def cards(self) -> list[str]:
+        """The GPUs that the ranks send from; none where one of them has none."""
+        found = [self._own.card, *(kept.card for kept in self._keepers.kept)]
+        return found if all(found) else []
+
+    def send(self, epoch: int, party: list[Member], live: list[int], moved: Callable[[], None]) -> list[str]:
+        """Send all shares at once, each from its rank, to `party`; what the tensors hash to, share after share. `moved` is called
+        while bytes move. Raises `TransportError`, once no rank is sending any more."""
         self._sends += 1
-        order = Send(self._sends, epoch, size, patched, live)
+        order = Send(self._sends, epoch, len(party) + 1, party[0].nccl, party[0].patched, live)
         self._keepers.tell(order)
         try:
             own = self._own.send(order, moved)

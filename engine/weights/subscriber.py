@@ -8,9 +8,9 @@ import threading
 import time
 
 import msgspec
-import torch
 from torch.distributed import TCPStore
 
+from engine.devices import card_of, exact_device
 from engine.weights import control
 from engine.weights.gate import Entrance
 from engine.weights.incoming import Incoming, NotHeld, make_room
@@ -27,14 +27,13 @@ from engine.weights.messages import (
     Offer,
     Ready,
     Refused,
-    Reject,
     Stop,
     Take,
     ToMember,
     ToPublisher,
 )
 from engine.weights.place import Place
-from engine.weights.transport import Connect, TransportError, backend_of, connect
+from engine.weights.transport import Connect, TransportError, connect
 from engine.weights.update import Shelf, Update
 from protocols.closable import Closable
 
@@ -63,10 +62,11 @@ class Subscriber(Closable):
     ) -> None:
         """Join the publisher at `host:port`, which may ask for a `token`. Whoever sets `given_up` calls the attempt off.
 
-        `device` is where updates lie: "cpu" receives over gloo, "cuda" over
-        NCCL. Raises `ConnectionError` when nobody answers within `timeout_s`, or once it is called off."""
+        `device` is where updates lie. From a learner on GPUs they come over NCCL to a GPU that neither the learner nor a member
+        before this one uses, else over gloo. Raises `ConnectionError` when nobody answers within `timeout_s`, or once it is
+        called off."""
         self._host, self._port, self._name, self._timeout_s = host, port, name, timeout_s
-        self._device = torch.device(device)
+        self._device = exact_device(device)
         self._entrance = Entrance(host, port, token, timeout_s=timeout_s, given_up=given_up or threading.Event())
         self._store = self._entrance.store
         self._beat_store = self._store.clone()
@@ -195,15 +195,12 @@ class Subscriber(Closable):
                 self._member = self._join()
             case Stop():
                 pass  # it has served to wake this thread
-            case Reject():
-                self._store.delete_key(control.member_key(self._member))
-                self._fail(message.reason)
 
     def _join(self) -> int:
         self._incoming = None
         member: int = self._store.add("joins", 1)
         self._store.set(control.member_key(member), self._name)
-        self._say(self._store, Join(member, self._name, backend_of(self._device), self._shelf.version))
+        self._say(self._store, Join(member, self._name, card_of(self._device), self._shelf.version))
         self._counters["joins"] += 1
         return member
 

@@ -22,6 +22,7 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any, Protocol
 
+import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store
@@ -72,10 +73,6 @@ Connect = Callable[[Store, Seat], Transport]
 """Builds the transport of a seat; blocks until all ranks are there. Raises `TransportError`."""
 
 
-def backend_of(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
 def connect(store: Store, seat: Seat) -> Transport:
     """gloo for a seat on the CPU, NCCL for one on a GPU."""
     return NcclTransport(store, seat) if seat.device.type == "cuda" else GlooTransport(store, seat)
@@ -124,12 +121,22 @@ class GlooTransport:
             self._group = ProcessGroupGloo(PrefixStore(seat.prefix, store), seat.rank, seat.size, options)
 
     def broadcast(self, bucket: Tensor) -> Callable[[], None]:
+        """A bucket on a GPU goes by way of the host's memory."""
+        host = (
+            bucket
+            if not bucket.is_cuda
+            else bucket.cpu()
+            if self._seat.rank == 0
+            else torch.empty_like(bucket, device="cpu")
+        )
         with _explained(f"{self._seat}: broadcast"):
-            work = self._group.broadcast([bucket], _from_learner())
+            work = self._group.broadcast([host], _from_learner())
 
         def wait() -> None:
             with _explained(f"{self._seat}: broadcast of {bucket.numel()} bytes"):
                 work.wait()
+            if host is not bucket and self._seat.rank != 0:
+                bucket.copy_(host)
 
         return wait
 
@@ -138,7 +145,8 @@ class GlooTransport:
 
 
 class NcclTransport:
-    """Between GPUs. Waits poll for completion on the host, so that a silent peer costs a timeout and not the process."""
+    """Between GPUs, each process on one of its own. Waits poll for completion on the host, so that a silent peer costs a timeout
+    and not the process."""
 
     def __init__(self, store: Store, seat: Seat) -> None:
         if not torch.distributed.is_nccl_available():
@@ -154,7 +162,7 @@ class NcclTransport:
             self._group = ProcessGroupNCCL(PrefixStore(seat.prefix, store), seat.rank, seat.size, options)
 
     def broadcast(self, bucket: Tensor) -> Callable[[], None]:
-        """A bucket in the host's memory, which only the learner has, goes by way of the GPU."""
+        """A bucket in the host's memory, which only a sender has, goes by way of the GPU."""
         with _explained(f"{self._seat}: broadcast"):
             sent = bucket.to(self._seat.device)
             work = self._group.broadcast([sent], _from_learner())
