@@ -175,13 +175,13 @@ def test_a_learner_asks_the_buffer_that_comes_after_the_one_that_knew_what_it_wa
     answers: dict[type[Message], Message] = {PlanRequest: Plan(1, []), Pull: batch}
     server = Server("tcp://127.0.0.1:0", heartbeat_s=0.2, peer_timeout_s=10.0)
     address = server.address
-    hello = Hello(role="learner", name="learner-1", host="here", pid=1)
+    hello = Hello(role="learner", name="learner-0", host="here", pid=1)
     with ThreadPoolExecutor(1) as pool:
         try:
             connecting = pool.submit(Client, address, hello, timeout_s=20.0)
             while not connecting.done():
                 server.poll(0.05)
-            learner = Learner(config, connecting.result(), address, rank=1, world=1, device="cpu")
+            learner = Learner(config, connecting.result(), address, rank=0, world=1, device="cpu")
             for question, ask in ((PlanRequest, lambda: learner.plan(1)), (Pull, lambda: learner.pull(1, [4]))):
                 waiting = pool.submit(ask)
                 asked(server, question)
@@ -194,6 +194,8 @@ def test_a_learner_asks_the_buffer_that_comes_after_the_one_that_knew_what_it_wa
                 assert waiting.result(timeout=0.0) is not None
                 assert time.monotonic() - began < 20.0, "it waited until it asks again anyway"
             learner.client.close()
+            if learner.publisher is not None:
+                learner.publisher.close()
         finally:
             server.close()
 
