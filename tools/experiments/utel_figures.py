@@ -19,6 +19,8 @@ from workers.metrics import read_metrics
 AGAINST = "none"
 """The arm that gains are against."""
 HEADS = ("f1", "f1_strict", "fields_f1")
+SHOWN = 8
+"""Fields that have a column each; those of more kinds of pages are in the file of figures."""
 
 
 class PagesMeasured(Struct, frozen=True):
@@ -73,8 +75,9 @@ def summarize_pages(arms: Sequence[tuple[str, list[PagesMeasured]]]) -> list[Pag
 
 def pages_table(title: str, found: Sequence[PagesSummary]) -> Table:
     """One row an arm: F1 in percent of entities (seqeval's default and strict readings), of the fields' values, and of each
-    field; mean over seeds, plus or minus their standard deviation."""
+    field, where they are few enough to stand in a line; mean over seeds, plus or minus their standard deviation."""
     fields = sorted({name for arm in found for name in arm.figures if name.startswith("fields_f1_")})
+    fields = fields if len(fields) <= SHOWN else []
     made = Table(title=title, box=box.SIMPLE, padding=(0, 1))
     made.add_column("arm", no_wrap=True)
     for name in (
