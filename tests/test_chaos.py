@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -18,16 +19,17 @@ import zmq
 from audited_run import config_of
 from stored_run import new_log
 
+from engine.gathered import Gathered
 from engine.models import create_model
 from engine.weights import Publisher, Terms
 from protocols.codec import decode, encode
 from protocols.link import Client, Received, Server
-from protocols.link_messages import Ack, Announce, Hello
+from protocols.link_messages import Ack, Announce, Goodbye, Hello
 from protocols.messages import BOOL, FLOAT, INT, Batch, Message, Plan, PlanRequest, Pull
 from tools.faults.campaign import Campaign
 from tools.faults.drill import Fault, Outcome, Severed, possible
 from tools.faults.result import Result, Run, Settings, read, write
-from workers.learner import Learner
+from workers.learner import Learner, Over
 from workers.restarts import Again, GivenUp, Patience, Restarts
 from workers.run_folder import being_written
 from workers.supervise import Exit
@@ -198,6 +200,36 @@ def test_a_learner_asks_the_buffer_that_comes_after_the_one_that_knew_what_it_wa
                 learner.publisher.close()
         finally:
             server.close()
+
+
+class Deserted:
+    """A keeper whose first rank is gone."""
+
+    def keep(self, version: int, tensors: Gathered, *, fingerprints: dict[str, str] | None = None) -> None:
+        raise ConnectionError("the first rank's store is lost")
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_rank_that_the_first_one_has_left_leaves_with_it_if_the_run_is_over(tmp_path: Path, over: bool) -> None:
+    config = config_of(tmp_path)
+    create_model(config.model, config.run_dir / "model", 0)  # type: ignore[arg-type]
+    hello = Hello(role="learner", name="learner-0", host="here", pid=1)
+    server = Server("tcp://127.0.0.1:0", heartbeat_s=0.2, peer_timeout_s=10.0)
+    with ThreadPoolExecutor(1) as pool, closing(server):
+        connecting = pool.submit(Client, server.address, hello, timeout_s=20.0)
+        while not connecting.done():
+            server.poll(0.05)
+        learner = Learner(config, connecting.result(), server.address, rank=0, world=1, device="cpu")
+        with closing(learner.client):
+            assert learner.publisher is not None
+            learner.publisher.close()
+            if over:
+                server.send("learner-0", Goodbye("complete"))
+            keeping = pool.submit(learner._keep, Deserted(), 1, None)  # type: ignore[arg-type]
+            while not keeping.done():
+                server.poll(0.05)
+            with pytest.raises(Over if over else ConnectionError):
+                keeping.result()
 
 
 def test_a_log_is_being_written_until_its_writer_is_gone(tmp_path: Path) -> None:

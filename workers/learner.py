@@ -40,6 +40,8 @@ DATA_TIMEOUT_S = 6 * 3600.0
 
 PULL_TIMEOUT_S = 300.0
 COMMIT_TIMEOUT_S = 60.0
+GOODBYE_S = 15.0
+"""For the buffer's goodbye to a rank, once the first one is gone."""
 ELSEWHERE = "192.0.2.1"
 """An address that is nobody's (RFC 5737): the way to it shows which of its own this machine uses towards others."""
 
@@ -157,7 +159,7 @@ class Learner:
     def _publish(self, step: int, fingerprints: dict[str, str] | None) -> None:
         """The weights after a step, to the generators where there are any."""
         if self.keeper is not None:
-            self.keeper.keep(step, self.trainer.learner.weights(), fingerprints=fingerprints)
+            self._keep(self.keeper, step, fingerprints)
         if self.publisher is None:
             return
         behind = sorted(name for name, version in self.publisher.members.items() if version != step - 1)
@@ -165,6 +167,14 @@ class Learner:
             what = f"waits for {', '.join(behind)} to take version {step - 1} (at most {self.config.learner.peer_timeout_s:.0f} s)"
             self.client.status(what, version=step, owes="generator")
         self.publisher.publish(step, self.trainer.learner.weights(), fingerprints=fingerprints)
+
+    def _keep(self, keeper: Keeper, step: int, fingerprints: dict[str, str] | None) -> None:
+        """The first rank may be gone when the run is over, which the buffer says to every rank: raises `Over` then."""
+        try:
+            keeper.keep(step, self.trainer.learner.weights(), fingerprints=fingerprints)
+        except ConnectionError:
+            self._poll(Goodbye, GOODBYE_S)
+            raise
 
     def _ask(self, question: m.Message, kind: type[T], answers: Callable[[T], bool], what: str, timeout_s: float) -> T:
         """The buffer's answer to a question, asked again of every buffer: one that was started anew has forgotten who asked.

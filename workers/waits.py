@@ -65,6 +65,7 @@ DEADLINES = [
     Wait("workers.reward.FINISH_S", 5, "a reward worker that leaves, for scores under way, then for their acknowledgement", "leaves"),
     Wait("workers.learner.DATA_TIMEOUT_S", 21600, "the learner, for a step's groups, and for the run's end", "an error"),
     Wait("workers.learner.PULL_TIMEOUT_S", 300, "the learner, for groups that are ready", "an error"),
+    Wait("workers.learner.GOODBYE_S", 15, "a learner rank, for the buffer's goodbye when the first rank is gone", "an error"),
     Wait("workers.learner.COMMIT_TIMEOUT_S", 60, "the learner, for its commit to be in the log", "LinkTimeout"),
     Wait("workers.scorer.START_TIMEOUT_S", 120, "a reward worker, for a scorer to have imported its tasks", "an error"),
     Wait("workers.scorer.KILL_TIMEOUT_S", 10, "a reward worker, for a killed scorer to be gone", "goes on without"),

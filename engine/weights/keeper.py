@@ -78,8 +78,8 @@ class Keeper(Closable):
         fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         """Copy this rank's share of `tensors` aside, while the first rank publishes the same ones as `version`, and return. Waits
-        for a broadcast that is under way. Raises `TimeoutError` when the first rank does not publish, `RuntimeError` when the
-        connection to it is lost."""
+        for a broadcast that is under way. Raises `TimeoutError` when the first rank does not publish, `ConnectionError` when it
+        is gone."""
         gathered = tensors if isinstance(tensors, Gathered) else held(tensors)
         shares = share_out(gathered.like, self._ranks)
         if self._rank >= len(shares):  # fewer tensors than ranks
@@ -109,7 +109,7 @@ class Keeper(Closable):
         deadline = time.monotonic() + self._publish_s
         while self._renewed != version:
             if not self._thread.is_alive():
-                raise RuntimeError(f"weights: learner rank {self._rank}: the first rank's store is lost")
+                raise ConnectionError(f"weights: learner rank {self._rank}: the first rank's store is lost")
             if (left := deadline - time.monotonic()) <= 0:
                 what = f"for the first rank to publish version {version}"
                 raise TimeoutError(f"weights: learner rank {self._rank} waited {self._publish_s} s {what}")
