@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from engine.config import ConfigError, NewModel
-from engine.devices import resolve_device
+from engine.devices import card_of, collective_backend, exact_device, resolve_device, use_device
 from engine.models import create_model, hidden_states, load_model, named_weights, output_weight
 
 SIZES = {
@@ -135,6 +135,13 @@ def test_named_weights_are_sorted_and_tied_once(tmp_path: Path) -> None:
 def test_resolve_device() -> None:
     assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cuda:1") == "cuda:1"
+
+
+def test_a_rank_on_a_cpu_has_no_card_and_goes_over_gloo() -> None:
+    assert use_device("cpu") == "cpu"
+    assert [collective_backend(device) for device in ("cpu", "cuda:1")] == ["gloo", "nccl"]
+    assert exact_device("cuda:1") == torch.device("cuda", 1)
+    assert card_of(exact_device("cpu")) == ""
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
