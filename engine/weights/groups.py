@@ -31,14 +31,16 @@ class Groups:
         members = tuple(member.id for member in party)
         epoch = party[0].epoch
         same = self._members.get(epoch) == members and self._nccl[epoch] == party[0].nccl
-        if not same or any(member.epoch != epoch for member in party):
+        new = not same or any(member.epoch != epoch for member in party)
+        if new:
             self.built += 1
             epoch = self.built
         for rank, member in enumerate(party, 1):
             member.epoch = epoch
             send(self._store, queue_of(member.id), Take(member.offer, epoch, rank, len(party) + 1, member.nccl))
         self._members[epoch], self._nccl[epoch] = members, party[0].nccl
-        self.forget_unused(everybody)
+        if new:
+            self.forget_unused(everybody)
         return epoch
 
     def forget_unused(self, everybody: Iterable[Member]) -> None:
