@@ -17,28 +17,27 @@ class Groups:
 
     def __init__(self, store: TCPStore) -> None:
         self._store = store
-        self._members: dict[int, tuple[int, ...]] = {}
-        self._nccl: dict[int, bool] = {}
+        self._groups: dict[int, tuple[tuple[int, ...], bool]] = {}
+        """By epoch: the members, and whether they are served over NCCL."""
         self.built = 0
 
     @property
     def live(self) -> list[int]:
         """The epochs whose groups are of use."""
-        return list(self._members)
+        return list(self._groups)
 
     def seat(self, party: list[Member], everybody: Iterable[Member]) -> int:
         """Tell each of `party` to take its offer at its rank; the epoch. Groups that a member has left by that are `live` no more."""
-        members = tuple(member.id for member in party)
+        group = tuple(member.id for member in party), party[0].nccl
         epoch = party[0].epoch
-        same = self._members.get(epoch) == members and self._nccl[epoch] == party[0].nccl
-        new = not same or any(member.epoch != epoch for member in party)
+        new = self._groups.get(epoch) != group or any(member.epoch != epoch for member in party)
         if new:
             self.built += 1
             epoch = self.built
         for rank, member in enumerate(party, 1):
             member.epoch = epoch
             send(self._store, queue_of(member.id), Take(member.offer, epoch, rank, len(party) + 1, member.nccl))
-        self._members[epoch], self._nccl[epoch] = members, party[0].nccl
+        self._groups[epoch] = group
         if new:
             self.forget_unused(everybody)
         return epoch
@@ -46,12 +45,12 @@ class Groups:
     def forget_unused(self, everybody: Iterable[Member]) -> None:
         """Forget the groups that a member has left, and remove the traces of such from the store."""
         epochs = {member.id: member.epoch for member in everybody}
-        for epoch, members in list(self._members.items()):
+        for epoch, (members, _) in list(self._groups.items()):
             if any(epochs.get(member) != epoch for member in members):
-                del self._members[epoch], self._nccl[epoch]
+                del self._groups[epoch]
         for key in self._store.list_keys():
             root, _, rest = key.partition("/")
-            if root == "group" and int(rest.partition("/")[0]) not in {*self._members, self.built}:
+            if root == "group" and int(rest.partition("/")[0]) not in {*self._groups, self.built}:
                 self._store.delete_key(key)
 
     def close(self) -> None:

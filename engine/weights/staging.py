@@ -28,14 +28,13 @@ class Staged:
         """What is sent: uint8 [n]."""
         return self.patch.payload if patched and self.patch is not None else self.flat
 
-    def make_patch(self) -> float:
-        """Find what changed since `before`; the share of entries that did, 1.0 where no patch is worth its while."""
+    def make_patch(self) -> None:
+        """Find what changed since `before`; no `patch` comes of it where none is worth its while."""
         if self.before is not None:
             unit = min(entry.torch_dtype.itemsize for entry in self.layout.entries)
             version, old = self.before
             self.patch = make_patch(old, self.flat, base=version, unit=unit if unit in DTYPES else 1)
             self.before = None
-        return 1.0 if self.patch is None else self.patch.changed / self.patch.entries
 
 
 class Staging:
