@@ -68,7 +68,7 @@ def _learner_parts(config: Config, shape: ModelShape) -> dict[str, int]:
         own = _critic_parameters(shape)
         parts["critic"] = _kept(learner, own * size, 3) + _kept(learner, own * size, 2) + _optimizer(learner, own)
     if config.generates:
-        parts["copy to publish"] = shape.parameters * size
+        parts["copy to publish"] = -(-shape.parameters * size // learner.ranks)
     return parts
 
 
