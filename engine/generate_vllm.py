@@ -22,7 +22,7 @@ def start_vllm(folder: Path, settings: GeneratorConfig, config: VllmEngine) -> E
     fit one another, `EngineLost` when vLLM fails."""
     check_installed()
     canary = Canary(folder, settings.dtype)
-    check_parallel(folder, canary.model.config, config.tensor_parallel)
+    check_parallel(folder, canary.model.config, config.tensor_parallel, stages=config.pipeline_parallel)
     set_environment(config, settings.threads)
     from engine.generate_vllm_engine import Engine  # vLLM may be missing, and reads its environment when imported
 

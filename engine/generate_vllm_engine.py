@@ -1,7 +1,7 @@
 """vLLM as an engine that is stepped: the only module of this process that imports vLLM.
 
 The scheduler runs here, between our own calls, so nothing happens while weights are exchanged; the model runs in one
-worker process for each rank of tensor parallelism, which ends when this one ends, even by SIGKILL. Whatever goes wrong in
+worker process for each part and stage that it is cut into, which end when this one ends, even by SIGKILL. Whatever goes wrong in
 vLLM becomes `EngineLost`, and an engine that was lost is not used again: after a call that was not answered in time the
 next one would get its answer.
 """
@@ -23,6 +23,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from engine.config import ConfigError, VllmEngine
@@ -106,14 +107,28 @@ class Engine:
                 self._engine.abort_request(requests)
 
     def recall(self, requests: list[str]) -> list[Progress]:
-        """As `abort`; every step has returned all that it computed."""
+        """As `abort`, once no batch is under way."""
+        came = self._settle()
         self.abort(requests)
-        return []
+        return came
 
     def close(self) -> None:
         """End the workers; those that do not end by themselves are killed."""
         self.lost = self.lost or "it was closed"
         self._engine.engine_core.shutdown()
+
+    def _settle(self) -> list[Progress]:
+        """What the batches under way give: a pipeline has one at each of its stages, and may not get other weights before
+        they have left it."""
+        core = self._engine.engine_core.engine_core
+        came: list[Progress] = []
+        if core.batch_queue:
+            core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+            with contextlib.suppress(EngineLost):  # as `lost` says from now on
+                while core.batch_queue:
+                    came += self.step()
+            core.scheduler.set_pause_state(PauseState.UNPAUSED)
+        return came
 
     def _params(self, tokens: int, draws: Draws) -> SamplingParams:
         return SamplingParams(
@@ -164,6 +179,7 @@ def _arguments(folder: Path, config: VllmEngine, *, device: str, dtype: str, con
         logprobs_mode="processed_logprobs",
         max_logprobs=1,
         tensor_parallel_size=config.tensor_parallel,
+        pipeline_parallel_size=config.pipeline_parallel,
         distributed_executor_backend="mp",
         worker_extension_cls=WORKER,
         async_scheduling=False,  # no step may be under way while weights change

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -52,12 +53,18 @@ class WorkerExtension:
         """Map the stage, draw as `engine.sampling` does, and load what is staged once, to see that this model knows
         all of its names and shapes. Raises what vLLM's loader raises."""
         self._stage = Stage.attach(described)
-        self.model_runner.sampler = CounterSampler(self.model_runner)
+        runner = self.model_runner
+        runner.sampler = CounterSampler(runner)
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            # where the stage before puts hidden states; vLLM makes it as it warms up, which it leaves out on a CPU
+            runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
         self.headrace_apply()
 
     @torch.inference_mode()
     def headrace_apply(self) -> None:
-        """Replace all weights by the staged ones and read the output layer back.
+        """Replace all weights by the staged ones, those of other stages left out, and read the output layer back.
 
         An error leaves the model between two versions: it must not be used any more.
         """
@@ -70,7 +77,8 @@ class WorkerExtension:
         missing = sorted({name for name, _ in model.named_parameters()} - set(loaded))
         if missing:
             raise ValueError(f"{len(missing)} of vLLM's weights got no value, the first is {missing[0]}")
-        _probe_output_layer(model, tensors)
+        if get_pp_group().is_last_rank:
+            _probe_output_layer(model, tensors)
 
 
 def _repack_output_layer(model: torch.nn.Module) -> None:

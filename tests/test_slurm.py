@@ -84,7 +84,7 @@ def test_ranks_on_several_machines_meet_at_one() -> None:
         (["learner.device=cpu", "placement.learner.gpus=1"], ('learner.device = "cpu"', "placement.learner.gpus = 1")),
         (["generator.threads=4"], ("generator.threads = 4", "placement.generator.cpus = 1")),
         (["generator.engine={type='vllm',tensor_parallel=4}", "placement.generator.gpus=2"],
-         ("placement.generator.gpus = 2", "generator.engine.tensor_parallel = 4")),
+         ("placement.generator.gpus = 2", "generator.engine.tensor_parallel x pipeline_parallel = 4")),
         (["placement.generator.nodes=0"], ("placement.generator.nodes: got 0", "expected at least 1")),
         (["placement.slurm.extra=['qos=high']"], ("placement.slurm.extra: got 'qos=high'", "options of sbatch")),
     ],

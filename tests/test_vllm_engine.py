@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import vllm_cases as cases
 from engine_contract import TICKETS, CachingEngineContract
-from vllm_cases import finish, ticket, torch_generator, weights
+from vllm_cases import finish, steps, ticket, torch_generator, weights
 
 from engine.config import ConfigError, GeneratorConfig, VllmEngine
 from engine.generate_engine import EngineGenerator
@@ -86,10 +87,7 @@ class TestVllm(CachingEngineContract):
             recomputing.step()
         (worker,) = workers(recomputing)
         os.kill(worker, signal.SIGSTOP)
-        began = time.monotonic()
-        with pytest.raises(EngineLost, match="no answer within 10 s"):
-            recomputing.step()
-        assert time.monotonic() - began < 15
+        check_silence(recomputing)
         (handed,) = recomputing.hand_back()
         assert {len(partial.tokens) for partial in handed.partials} <= {5, 6}
         with pytest.raises(EngineLost, match="it is lost"):
@@ -108,7 +106,7 @@ class TestVllm(CachingEngineContract):
             os.kill(worker, signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(EngineLost, match="vLLM cannot go on: RuntimeError: a worker process has ended"):
-            check_until(keeping, began + 5)
+            repeat_until(keeping.check, began + 5)
         with pytest.raises(EngineLost, match="vLLM cannot compute a step"):
             keeping.step()
         (handed,) = keeping.hand_back()
@@ -120,10 +118,55 @@ class TestVllm(CachingEngineContract):
             start_vllm(tied, GeneratorConfig(sampling=Sampling(max_tokens=8), engine=engine, device="cpu"), engine)
 
 
-def check_until(engine: EngineGenerator, deadline: float) -> None:
+class TestParallelVllm(CachingEngineContract):
+    """A pipeline of two stages, of which each is cut in two in the generator that recomputes: batches are under way between
+    steps, and must have ended before weights come."""
+
+    long, stepped = 60, False
+
+    @staticmethod
+    def start(folder: Path, mode: str) -> EngineGenerator:
+        return cases.start(folder, mode, pipeline_parallel=2, tensor_parallel=2 if mode == "recompute" else 1)
+
+    def test_draws_are_ours(self, engine: EngineGenerator, folder: Path) -> None:
+        new = weights(folder, 10)
+        engine.load(new, 10)
+        other = torch_generator(folder, new, 10)
+        for item in TICKETS:
+            engine.add(item)
+            other.add(item)
+        done, expected = finish(engine), finish(other)
+        assert {key: (r.tokens.tolist(), r.finish) for key, r in done.items()} == {
+            key: (r.tokens.tolist(), r.finish) for key, r in expected.items()
+        }
+
+    def test_a_stopped_worker_of_several_is_an_engine_that_is_lost(self, engine: EngineGenerator, folder: Path) -> None:
+        """The first stage in one engine, half of the last one in the other."""
+        engine.load(weights(folder, 13), 13)
+        engine.add(ticket(15, 12, 2, max_tokens=300))
+        steps(engine, 10)
+        stopped = workers(engine)[0 if engine.config.on_new_weights == "keep" else -1]
+        os.kill(stopped, signal.SIGSTOP)
+        check_silence(engine)
+        (handed,) = engine.hand_back()
+        assert min(len(partial.tokens) for partial in handed.partials) >= 5
+        engine.close()
+        assert not cases.alive(stopped)
+
+
+def check_silence(engine: EngineGenerator) -> None:
+    """It is lost once a step was not answered for its deadline of 10 s."""
+    began = time.monotonic()
+    with pytest.raises(EngineLost, match="no answer within 10 s"):
+        repeat_until(engine.step, began + 15)
+    assert time.monotonic() - began < 15
+
+
+def repeat_until(call: Callable[[], object], deadline: float) -> None:
     while time.monotonic() < deadline:
-        engine.check()
+        call()
 
 
-def workers(engine: EngineGenerator) -> set[int]:
-    return {handle.proc.pid for handle in engine._engine._engine.model_executor.workers}
+def workers(engine: EngineGenerator) -> list[int]:
+    """Stage after stage."""
+    return [handle.proc.pid for handle in engine._engine._engine.model_executor.workers]

@@ -49,6 +49,16 @@ def test_degrees_of_tensor_parallelism(folder: Path, ranks: int, error: str | No
         check_parallel(folder, model, ranks)
 
 
+@pytest.mark.parametrize(("stages", "fit"), [(0, False), (1, True), (2, True), (3, False)])
+def test_stages_of_a_pipeline(folder: Path, stages: int, fit: bool) -> None:
+    model = Canary(folder, "float32").model.config
+    if fit:
+        check_parallel(folder, model, 1, stages=stages)
+        return
+    with pytest.raises(ConfigError, match=f"pipeline_parallel = {stages}: expected 1 to 2, the layers of"):
+        check_parallel(folder, model, 1, stages=stages)
+
+
 def test_the_canary_gives_what_the_weights_give(folder: Path) -> None:
     canary, new = Canary(folder, "float32"), cases.weights(folder, 1)
     found = canary.fill(new, 1)

@@ -40,8 +40,8 @@ def make_folder(folder: Path, *, tied: bool = True) -> Path:
     return folder
 
 
-def start(folder: Path, mode: str) -> EngineGenerator:
-    engine = VllmEngine(slots=8, on_new_weights=mode, kv_gb=0.25, deadline_s=10.0)
+def start(folder: Path, mode: str, **more: int) -> EngineGenerator:
+    engine = VllmEngine(slots=8, on_new_weights=mode, kv_gb=0.25, deadline_s=10.0, **more)
     return start_vllm(folder, GeneratorConfig(sampling=Sampling(max_tokens=8), engine=engine, device="cpu"), engine)
 
 

@@ -8,8 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from engine.config import Config, ConfigError, TorchEngine, load_config
+from engine.config import Config, ConfigError, SglangEngine, TorchEngine, VllmEngine, load_config
 from engine.config_placement import Resources
+
+_CARDS = {
+    TorchEngine: "the torch engine's GPUs",
+    VllmEngine: "generator.engine.tensor_parallel x pipeline_parallel",
+    SglangEngine: "generator.engine.tensor_parallel",
+}
 
 
 def refuse_placement(config: Config, on: str) -> None:
@@ -62,9 +68,8 @@ def _processors(config: Config) -> Iterator[str]:
     yield from _device("generator", generator.device, placement.generator)
     if generator.threads > placement.generator.cpus:
         yield f"generator.threads = {generator.threads}, and placement.generator.cpus = {placement.generator.cpus}"
-    sharded = not isinstance(generator.engine, TorchEngine)
     if placement.generator.gpus not in (0, generator.engine.cards):
-        what = "generator.engine.tensor_parallel" if sharded else "the torch engine's GPUs"
+        what = _CARDS[type(generator.engine)]
         yield f"placement.generator.gpus = {placement.generator.gpus}, and {what} = {generator.engine.cards}"
 
 
