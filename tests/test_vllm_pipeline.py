@@ -44,8 +44,10 @@ def versions_by_worker(folder: Path) -> dict[str, set[int]]:
     return found
 
 
-def test_a_run_whose_generator_is_vllm(tmp_path: Path) -> None:
-    check_alone(CONFIG, overrides(tmp_path, **ON_POLICY, **{"generator.count": 1}), tmp_path / RUN)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_run_whose_generator_is_vllm(tmp_path: Path, stages: int) -> None:
+    engine = {"generator.count": 1, "generator.engine.pipeline_parallel": stages}
+    check_alone(CONFIG, overrides(tmp_path, **ON_POLICY, **engine), tmp_path / RUN)
 
 
 def test_two_of_vllm_and_one_of_ours_feed_one_run(tmp_path: Path) -> None:
