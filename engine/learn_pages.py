@@ -141,7 +141,7 @@ class PageLearner:
         tags = [likeliest_tags(own, model.labels) for own in logits]
         types = sorted({label[2:] for label in model.labels if label != "O"})
         values = [
-            best_fields(Page(id=page.id, words=page.words, boxes=page.boxes), own, model.labels, types)
+            best_fields(Page(id=page.id, words=page.words, boxes=page.boxes), own, model.labels, types, model.habits)
             for page, own in zip(pages, logits, strict=True)
         ]
         return tag_figures(rows, tags, [{name: found.value for name, found in own.items()} for own in values])

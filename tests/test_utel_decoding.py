@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 
 from engine.documents.page import Page
 from engine.documents.tags import Span, spans
-from engine.utel.decoding import best_fields, entities, likeliest, line_edges, log_probabilities
+from engine.utel.decoding import best_fields, entities, likeliest, log_probabilities
+from engine.utel.habits import Habits, line_edges
 from engine.utel.tagging import make_labels, to_labels, to_tags
 
 BIES, BIO = make_labels(["date", "total"]), make_labels(["date", "total"], "BIO")
 WORDS = ["SHOP", "01/02/2018", "TOTAL", "7.50", "CASH", "10.00", "PAID", "7.50"]
+
+
+RECEIPTS = {"company": Habits(begins=5.0, ends=1.1), "total": Habits(no_cents=6.8, not_positive=4.0, odd_cents=1.5)}
+"""About those of SROIE's receipts."""
 
 
 def page_of(words: list[str], lines: list[int] | None = None) -> Page:
@@ -68,7 +73,7 @@ def test_equal_values_at_several_places_stand_by_each_other(labels: list[str]) -
     one = "S-total" if labels is BIES else "B-total"
     rows: list[dict[str, float]] = [{"O": 0.9} for _ in WORDS]
     rows[3], rows[5], rows[7] = {one: 0.3, "O": 0.4}, {one: 0.4, "O": 0.4}, {one: 0.3, "O": 0.4}
-    found = best_fields(page_of(WORDS), figures(labels, rows), labels, ["total", "address"])
+    found = best_fields(page_of(WORDS), figures(labels, rows), labels, ["total", "address"], RECEIPTS)
     assert set(found) == {"total"}
     assert (found["total"].value, found["total"].span) == ("7.50", Span("total", 3, 4))
     assert found["total"].confidence == pytest.approx(0.3, rel=1e-3)
@@ -77,18 +82,18 @@ def test_equal_values_at_several_places_stand_by_each_other(labels: list[str]) -
 def test_a_value_is_cut_out_of_its_words_and_nothing_likely_is_nothing_found() -> None:
     words = ["DATE:01/02/2018", "TOTAL:RM", "7.50"]
     rows = [{"S-date": 0.9}, {"B-total": 0.6, "O": 0.3}, {"E-total": 0.8}]
-    found = best_fields(page_of(words), figures(BIES, rows), BIES, ["date", "total"])
+    found = best_fields(page_of(words), figures(BIES, rows), BIES, ["date", "total"], RECEIPTS)
     assert {name: field.value for name, field in found.items()} == {"date": "01/02/2018", "total": "7.50"}
     nothing = figures(BIES, [{"O": 0.9999} for _ in words])
-    assert best_fields(page_of(words), nothing, BIES, ["date", "total"]) == {}
-    assert best_fields(page_of([]), nothing[:0], BIES, ["date", "total"]) == {}
+    assert best_fields(page_of(words), nothing, BIES, ["date", "total"], RECEIPTS) == {}
+    assert best_fields(page_of([]), nothing[:0], BIES, ["date", "total"], RECEIPTS) == {}
 
 
 def test_fields_agree_with_tags_that_are_certain() -> None:
     tags = ["O", "B-date", "O", "B-total", "O", "O", "O", "O"]
     logits = np.full((len(tags), len(BIES)), -10.0, dtype=np.float32)
     logits[np.arange(len(tags)), to_labels(tags, BIES)] = 10.0
-    found = best_fields(page_of(WORDS), logits, BIES, ["date", "total"])
+    found = best_fields(page_of(WORDS), logits, BIES, ["date", "total"], RECEIPTS)
     assert [field.span for field in found.values()] == spans(tags)
 
 
@@ -101,9 +106,12 @@ def test_a_company_begins_where_a_line_does() -> None:
     labels = make_labels(["company"])
     page = page_of(words, [0, 0, 0, 0, 1, 1])
     assert line_edges(page.boxes).tolist() == [True, False, False, False, True, False, True]
-    assert best_fields(page, figures(labels, rows), labels, ["company"])["company"].value == "POPULAR BOOK CO LTD"
+    assert (
+        best_fields(page, figures(labels, rows), labels, ["company"], RECEIPTS)["company"].value
+        == "POPULAR BOOK CO LTD"
+    )
     apart = page_of(words, [0, 1, 1, 1, 2, 2])
-    assert best_fields(apart, figures(labels, rows), labels, ["company"])["company"].value == "BOOK CO LTD"
+    assert best_fields(apart, figures(labels, rows), labels, ["company"], RECEIPTS)["company"].value == "BOOK CO LTD"
 
 
 def test_no_word_belongs_to_two_fields_and_the_surer_one_has_it() -> None:
@@ -114,8 +122,8 @@ def test_no_word_belongs_to_two_fields_and_the_surer_one_has_it() -> None:
         {"B-company": 0.45, "B-address": 0.5}, {"E-company": 0.45, "E-address": 0.5},
     ]  # fmt: skip
     logits, page = figures(labels, rows), page_of(words, [0, 0, 1, 1])
-    assert best_fields(page, logits, labels, ["company"])["company"].value == "12 ROAD"
-    found = best_fields(page, logits, labels, ["company", "address"])
+    assert best_fields(page, logits, labels, ["company"], RECEIPTS)["company"].value == "12 ROAD"
+    found = best_fields(page, logits, labels, ["company", "address"], RECEIPTS)
     assert {name: field.value for name, field in found.items()} == {"company": "ACME LTD", "address": "12 ROAD"}
     assert list(found) == ["company", "address"]
 
@@ -123,5 +131,13 @@ def test_no_word_belongs_to_two_fields_and_the_surer_one_has_it() -> None:
 def test_what_reads_as_no_date_and_no_amount_is_none() -> None:
     words = ["13:30-R", "01/02/2018", "SEVEN", "14", "7.50"]
     rows = [{"S-date": 0.8}, {"S-date": 0.05, "O": 0.9}, {"S-total": 0.9}, {"S-total": 0.6}, {"S-total": 0.1, "O": 0.8}]
-    found = best_fields(page_of(words), figures(BIES, rows), BIES, ["date", "total"])
+    found = best_fields(page_of(words), figures(BIES, rows), BIES, ["date", "total"], RECEIPTS)
     assert {name: field.value for name, field in found.items()} == {"date": "01/02/2018", "total": "7.50"}
+
+
+def test_what_an_amount_looks_like_weighs_against_the_labels() -> None:
+    words = ["0.00", "7.52", "7.50", "7.53"]
+    rows: list[dict[str, float]] = [{"S-total": 0.6, "O": 0.3}, *({"S-total": 0.3, "O": 0.6} for _ in words[1:])]
+    logits, page = figures(BIES, rows), page_of(words)
+    assert best_fields(page, logits, BIES, ["total"], RECEIPTS)["total"].value == "7.50"
+    assert best_fields(page, logits, BIES, ["total"], {})["total"].value == "0.00"

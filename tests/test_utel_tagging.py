@@ -16,6 +16,7 @@ from engine.documents.entities import score_tags
 from engine.documents.tags import spans
 from engine.utel.encode import EncodedPage, encode_page
 from engine.utel.folder import load_utel, save_folder
+from engine.utel.habits import Habits
 from engine.utel.model import Utel
 from engine.utel.tagging import (
     Tagging,
@@ -162,16 +163,20 @@ def test_pages_of_any_length_and_none() -> None:
         Tagging(BIES, PIECES).prepare([pages[3]], [["O"]])
 
 
-def test_a_tagger_comes_back_with_its_labels(tmp_path: Path) -> None:
+def test_a_tagger_comes_back_with_its_labels_and_habits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pages = [make_page(PIECES, 30, 1)]
-    model = UtelTagger(Utel(TINY), BIES)
+    model = UtelTagger(Utel(TINY), BIES, {"total": Habits(ends=2.5, odd_cents=1.25)})
     save_tagger(tmp_path / "tagger", model, PIECES)
     loaded = load_tagger(tmp_path / "tagger")
-    assert loaded.labels == tuple(BIES)
+    assert (loaded.labels, loaded.habits) == (tuple(BIES), model.habits)
     assert read(loaded, pages) == read(model, pages)
     encoder = load_utel(tmp_path / "tagger")
     assert all(torch.equal(weight, model.utel.state_dict()[name]) for name, weight in encoder.state_dict().items())
     save_folder(tmp_path / "encoder", model.utel, TINY, PIECES)
     with pytest.raises(ConfigError, match="id2label: got None"):
         load_tagger(tmp_path / "encoder")
+    config = tmp_path / "tagger" / "config.json"
+    config.write_text(config.read_text().replace('"odd_cents": 1.25', '"odd_cents": "1.25"'))
+    with pytest.raises(ConfigError, match=r"habits: Expected `float`, got `str` - at `\$\[\.\.\.\]\.odd_cents`"):
+        load_tagger(tmp_path / "tagger")

@@ -10,6 +10,7 @@ import torch
 
 from engine.documents.sroie import FIELDS, SroieReport, read_sroie_jsonl
 from engine.utel.encode import encode_page
+from engine.utel.habits import learn_habits
 from engine.utel.model import Utel, UtelConfig
 from engine.utel.tagging import Tagging, UtelTagger, make_labels, save_tagger
 from engine.utel.wordpiece import train_wordpiece
@@ -58,7 +59,8 @@ def learn_tagger(folder: Path, source: Path) -> None:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     labels = make_labels(FIELDS)
-    model, tagging = UtelTagger(Utel(config), labels), Tagging(labels, pieces)
+    habits = learn_habits((page, page.tags or []) for page in pages)
+    model, tagging = UtelTagger(Utel(config), labels, habits), Tagging(labels, pieces)
     prepared = tagging.prepare(
         [encode_page(pieces, page.words, page.boxes) for page in pages], [page.tags or [] for page in pages]
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from engine.documents.page import Box, Page
+from engine.documents.page import Page
 from engine.documents.tags import Span, spans
-from engine.documents.values import Kind, has_cents, kind_of, normal, reads_as, value_in
+from engine.documents.values import Kind, kind_of, normal, reads_as, value_in
+from engine.utel.habits import Habits, line_edges
 from engine.utel.tagging import to_tags
 
 LONGEST = 64
@@ -20,14 +20,6 @@ READINGS = 200
 LEAST: dict[Kind, float] = {"text": 0.02, "amount": 0.001, "date": 0.0002}
 """A field whose span is less confident than this is not found. Few texts of a page read as a date or an amount, so less says
 enough for these."""
-EDGES = {"company": (5.5, 1.1), "address": (6.1, 5.0), "total": (1.5, 4.8)}
-"""What it costs a field's span to begin, and to end, inside a line of text, in nats: the log-odds of the labels of SROIE's
-receipts to begin (company 99.6 %, address 99.8 %, total 82 %) and end (75 %, 99.4 %, 99.2 %) where a line does. Dates do so by
-chance."""
-NO_CENTS = 6.2
-"""What it costs an amount to have no two decimals, in nats: 499 of 500 totals of SROIE's receipts have them."""
-
-
 TEMPERATURE = 1.5
 """Divides a span's log-odds: a tagger that has learnt its pages by heart is too sure of each word."""
 
@@ -99,12 +91,14 @@ def _grammar(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 # --- one value a field ---------------------------------------------------------------------------------------------
 
 
-def best_fields(page: Page, logits: np.ndarray, labels: Sequence[str], types: Sequence[str]) -> dict[str, Field]:
+def best_fields(
+    page: Page, logits: np.ndarray, labels: Sequence[str], types: Sequence[str], habits: Mapping[str, Habits]
+) -> dict[str, Field]:
     """The value of each of `types` that the page holds with a confidence of at least `LEAST`; `logits` [words, labels]. Types
     that the labels lack are not found. No word belongs to two fields: the surest field takes its words first."""
     scores, edges = log_probabilities(logits), line_edges(page.boxes)
     left = {
-        type_: _readings(page.words, edges, scores, labels, type_)
+        type_: _readings(page.words, edges, scores, labels, type_, habits.get(type_, Habits()))
         for type_ in types
         if f"B-{type_}" in labels and page.words
     }
@@ -123,15 +117,6 @@ def best_fields(page: Page, logits: np.ndarray, labels: Sequence[str], types: Se
     return {type_: found[type_] for type_ in types if type_ in found}
 
 
-def line_edges(boxes: Sequence[Box]) -> np.ndarray:
-    """bool [words + 1]: whether a line of text begins with the word, or ends before it. Words go on with a line when they are
-    exactly as high and further right."""
-    inner = [
-        (left[1], left[3]) == (right[1], right[3]) and left[0] <= right[0] for left, right in itertools.pairwise(boxes)
-    ]
-    return ~np.array([False, *inner, False])
-
-
 class _Reading(NamedTuple):
     """A span as a field; `form` is the value's normal form, `odds` the logarithm of how likely it is."""
 
@@ -141,19 +126,18 @@ class _Reading(NamedTuple):
 
 
 def _readings(
-    words: Sequence[str], edges: np.ndarray, scores: np.ndarray, labels: Sequence[str], type_: str
+    words: Sequence[str], edges: np.ndarray, scores: np.ndarray, labels: Sequence[str], type_: str, habits: Habits
 ) -> list[_Reading]:
     """The likeliest `READINGS` spans, but those that do not read as what the field is. A span's odds are the probability of its
-    labels over that of "O" at the same words, and what it costs to break a line."""
+    labels over that of "O" at the same words, and what it costs to differ from the field's habits."""
     starts, lengths, inside, outside = _spans(scores, labels, type_)
-    begin, end = EDGES.get(type_, (0.0, 0.0))
-    odds = (inside - outside) / TEMPERATURE - begin * ~edges[starts] - end * ~edges[starts + lengths]
+    odds = (inside - outside) / TEMPERATURE - habits.cost(edges[starts], edges[starts + lengths])
     found = []
     for place in np.argsort(-odds, kind="stable")[:READINGS]:
         start, length = int(starts[place]), int(lengths[place])
         text = value_in(type_, " ".join(words[start : start + length]))
         if reads_as(type_, text) and (form := normal(type_, text)):
-            cost = NO_CENTS if kind_of(type_) == "amount" and not has_cents(text) else 0.0
+            cost = habits.amount_cost(text, form) if kind_of(type_) == "amount" else 0.0
             confidence = float(np.exp(inside[place] / length))
             found.append(
                 _Reading(form, float(odds[place]) - cost, Field(text, Span(type_, start, start + length), confidence))

@@ -34,7 +34,7 @@ class Reader:
     def fields(self, pages: Sequence[Page], types: Sequence[str]) -> list[dict[str, Field]]:
         """Of each page, the fields of these types that are found."""
         return [
-            best_fields(page, logits, self.model.labels, types)
+            best_fields(page, logits, self.model.labels, types, self.model.habits)
             for page, logits in zip(pages, self._logits(pages), strict=True)
         ]
 

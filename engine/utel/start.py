@@ -9,17 +9,19 @@ import torch
 from torch import nn
 
 from engine.config import Config, ConfigError, UtelModel, UtelObjective, UtelTagObjective
-from engine.documents.page_rows import page_in
+from engine.documents.page_rows import PageText, ReadPage, page_in, tags_in
+from engine.rows import Row
 from engine.start_folder import start_folder
 from engine.tasks import Source, page_tasks
 from engine.utel.folder import from_bert, load_utel, read_config, save_folder
+from engine.utel.habits import learn_habits
 from engine.utel.model import Utel
 from engine.utel.pretraining.heads import UtelPretraining
 from engine.utel.tagging import UtelTagger, make_labels, save_tagger
 from engine.utel.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 
-VOCABULARY_PAGES = 400
-"""So many training pages are read for word pieces."""
+FIRST_PAGES = 400
+"""So many training pages are read for word pieces, and for where and how fields are written."""
 
 
 def create_utel(config: Config, folder: Path) -> None:
@@ -36,7 +38,8 @@ def create_utel(config: Config, folder: Path) -> None:
                 model: nn.Module = UtelPretraining(encoder, config.objective)
                 save_folder(folder, model, encoder.config, pieces)
             case UtelTagObjective(fields=fields, scheme=scheme):
-                save_tagger(folder, UtelTagger(encoder, make_labels(fields, scheme)), pieces)
+                habits = learn_habits(_tagged(config))
+                save_tagger(folder, UtelTagger(encoder, make_labels(fields, scheme), habits), pieces)
             case _:
                 raise ConfigError(f'{config.source}: objective.type: expected "utel" or "utel-tag" with a UTel')
 
@@ -71,7 +74,17 @@ def _started(config: Config, model: UtelModel, start: Path, pieces: WordPiece) -
 
 
 def _words(config: Config) -> Iterator[str]:
-    """Of the first training pages, in the order of the run."""
+    for row in _first_rows(config):
+        yield from page_in(row).words
+
+
+def _tagged(config: Config) -> Iterator[tuple[ReadPage, list[str]]]:
+    for row in _first_rows(config):
+        if (tags := tags_in(PageText().encode(row.solution or ""))) is not None:
+            yield page_in(row), tags
+
+
+def _first_rows(config: Config) -> Iterator[Row]:
+    """The first training pages, in the order of the run."""
     source = Source(page_tasks(config.tasks), config.seed)
-    for index in range(VOCABULARY_PAGES):
-        yield from page_in(source[index]).words
+    return (source[index] for index in range(FIRST_PAGES))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from engine.config_section import ConfigError
 from engine.documents.tags import spans, tags_of
 from engine.utel.encode import EncodedPage, Inputs, Window, lay_out, stack, windows
 from engine.utel.folder import CONFIG, fill, read_config, read_weights, save_folder, utel_config
+from engine.utel.habits import Habits
 from engine.utel.model import Utel
 from engine.utel.wordpiece import WordPiece
 
@@ -27,11 +29,12 @@ Scheme = Literal["BIO", "BIES"]
 
 
 class UtelTagger(nn.Module):
-    """`labels` are "O" and prefixed types, in the order of the classifier's outputs."""
+    """`labels` are "O" and prefixed types, in the order of the classifier's outputs; `habits` are those of the types' labels
+    on the training pages."""
 
-    def __init__(self, utel: Utel, labels: Sequence[str]) -> None:
+    def __init__(self, utel: Utel, labels: Sequence[str], habits: Mapping[str, Habits] | None = None) -> None:
         super().__init__()
-        self.utel, self.labels = utel, tuple(labels)
+        self.utel, self.labels, self.habits = utel, tuple(labels), dict(habits or {})
         self.classifier = nn.Linear(utel.config.hidden_size, len(self.labels))
         nn.init.normal_(self.classifier.weight, std=utel.config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
@@ -197,10 +200,11 @@ def _lay_out(some: Sequence[Window], pieces: WordPiece, device: torch.device | s
 
 
 def save_tagger(folder: str | Path, model: UtelTagger, pieces: WordPiece) -> None:
-    """A folder as `engine.utel.folder` writes, with the labels in its config.json."""
+    """A folder as `engine.utel.folder` writes, with the labels and their habits in its config.json."""
     by_number = {str(number): label for number, label in enumerate(model.labels)}
     by_label = {label: number for number, label in enumerate(model.labels)}
-    save_folder(folder, model, model.utel.config, pieces, extra={"id2label": by_number, "label2id": by_label})
+    extra = {"id2label": by_number, "label2id": by_label, "habits": msgspec.to_builtins(model.habits)}
+    save_folder(folder, model, model.utel.config, pieces, extra=extra)
 
 
 def load_tagger(folder: str | Path) -> UtelTagger:
@@ -211,6 +215,10 @@ def load_tagger(folder: str | Path) -> UtelTagger:
     named = document.get("id2label")
     if not isinstance(named, dict) or sorted(named) != sorted(map(str, range(len(named)))):
         raise ConfigError(f"{folder / CONFIG}: id2label: got {named!r}, expected a label for each of 0, 1, ...")
-    model = UtelTagger(Utel(config), [named[str(number)] for number in range(len(named))])
+    try:
+        habits = msgspec.convert(document.get("habits", {}), dict[str, Habits])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{folder / CONFIG}: habits: {error}") from error
+    model = UtelTagger(Utel(config), [named[str(number)] for number in range(len(named))], habits)
     fill(model, read_weights(folder), folder)
     return model.eval()
