@@ -24,6 +24,7 @@ from engine.documents.page import Page
 from engine.documents.page_rows import PageText, ReadPage, page_in, page_of, tags_in, varied
 from engine.gathered import Gathered
 from engine.level_off import Pretraining as ValuePretraining
+from engine.models import DTYPES
 from engine.rows import Row
 from engine.tasks import Source, page_tasks
 from engine.totals import Totals
@@ -61,7 +62,7 @@ class PageLearner:
                 self.model, self.objective = tagger, Tagging(tagger.labels, self.pieces, length=length)
             case _:
                 raise ConfigError(f'{config.source}: objective.type: expected "utel" or "utel-tag"')
-        self.model.to(self.device).train()
+        self.model.to(self.device, DTYPES[config.learner.dtype]).train()
         self.trained = TorchModel(
             "UTel",
             self.model,

@@ -126,17 +126,21 @@ def test_tagging_starts_from_it_and_learns(pretrained: Path, pages: Path, tmp_pa
 
 def test_two_ranks_are_one_and_a_run_that_was_stopped_goes_on(pages: Path, tmp_path: Path) -> None:
     weights, losses = [], []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
+    for ranks, dtype in ((1, "float32"), (2, "float32"), (2, "bfloat16")):
+        folder = tmp_path / f"{ranks}-{dtype}"
         config = config_of(folder, pages, ranks=ranks, dropout=0.0)
-        headrace("launch", config, "--no-view", "--set", "steps=2")
-        headrace("launch", config, "--no-view", "--resume")
+        typed = ("--set", f'learner.dtype="{dtype}"')
+        headrace("launch", config, "--no-view", *typed, "--set", "steps=2")
+        headrace("launch", config, "--no-view", *typed, "--resume")
         assert "4 steps verified" in headrace("replay", folder / "read", "--verify")
         weights.append(load_file(folder / "read" / "checkpoints" / "step-000004" / "model.safetensors"))
         losses.append([step["loss"] for step in metrics_of(folder / "read")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=2e-3, rtol=1e-3)
+        assert weights[2][name].dtype == torch.bfloat16
+    assert losses[0] == pytest.approx(losses[2], rel=1e-2)
+    assert load_utel(tmp_path / "2-bfloat16" / "read" / "checkpoints" / "step-000004").config.hidden_size == 64
 
 
 @pytest.mark.parametrize("boxes", ["seen", "hidden", "shuffled"])
