@@ -20,7 +20,7 @@ READINGS = 200
 LEAST: dict[Kind, float] = {"text": 0.02, "amount": 0.001, "date": 0.0002}
 """A field whose span is less confident than this is not found. Few texts of a page read as a date or an amount, so less says
 enough for these."""
-TEMPERATURE = 1.5
+TEMPERATURE = 2.0
 """Divides a span's log-odds: a tagger that has learnt its pages by heart is too sure of each word."""
 
 
