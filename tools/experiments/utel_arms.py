@@ -19,6 +19,8 @@ SYNTHETIC_FIELDS = ["address", "birth_date", "buyer", "company", "date", "due_da
                     "occupation", "phone", "subtotal", "tax", "total"]  # fmt: skip
 HELD_OUT = 100
 """Pages of held-out companies (receipts) or templates (synthetic pages), the same for every seed and arm (but for 2)."""
+HIDE = 0.1
+"""The share of words that are covered in tagging, which the config may choose anew without changing the tables."""
 
 
 class PageArm(Struct, frozen=True):
@@ -89,7 +91,7 @@ class PageExperiment(Struct, frozen=True):
         policy = f"{before[0].config.run_dir}/checkpoints/step-{before[0].config.steps:06d}" if before else ""
         start = f'model.path="{policy}"' if policy else self._fresh(seed)
         fields = [f"objective.fields={json.dumps(SYNTHETIC_FIELDS)}"] if self.table.data == "synthetic" else []
-        settings = ["cold_start=", start, *fields, f"eval.prompts={self._held_out}"]
+        settings = ["cold_start=", start, *fields, f"objective.hide={HIDE}", f"eval.prompts={self._held_out}"]
         name = f"{arm.name}-tag-s{seed}"
         return [*before, self._run(TAGGING, name, arm, seed=seed, steps=self.tagging_steps, settings=settings)]
 
