@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -99,19 +100,40 @@ def cluster() -> Iterator[RayNodes]:
             nodes.close()
 
 
+def launch(runs: Path, *more: str) -> list[str]:
+    sets = [word for each in [f"runs={runs}", *SHORT, *more] for word in ("--set", each)]
+    return [sys.executable, "-m", "workers.cli", "launch", "configs/quickstart.toml", "--on", "ray", "--no-view", *sets]
+
+
+def test_a_learner_over_two_nodes(cluster: RayNodes, tmp_path: Path) -> None:
+    cluster.start("--address=127.0.0.1:6379", "--num-cpus=1")
+    wait_for("the second node", lambda: cluster.nodes() == 2, 120.0)
+    second, log = cluster.newest_node(), tmp_path / "launched.log"
+    spread = ["learner.ranks=2", "placement.learner.nodes=2", "generator.count=1", "placement.ray.resources={}"]
+    command = launch(tmp_path, *spread, "steps=30")
+    with log.open("wb") as out:
+        launched = subprocess.Popen(cluster.command(*command), cwd=ROOT, stdout=out, stderr=out)
+    try:
+        wait_for("a rank there", lambda: holds(second, "learner") or launched.poll() is not None, 180.0)
+        assert launched.poll() is None, log.read_text()
+        launched.wait(timeout=240)
+    finally:
+        launched.kill()
+        launched.wait(30.0)
+    assert launched.returncode == 0, log.read_text()
+    with Log.open(tmp_path / "quickstart" / "rollouts.db") as read:
+        assert read.last_step() == 30
+
+
+def holds(node: psutil.Process, role: str) -> bool:
+    """Whether a process of this role runs below a node's daemon."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(role in process.cmdline() for process in node.children(recursive=True))
+    return False
+
+
 def test_a_run_on_ray_survives_the_loss_of_a_generators_node(cluster: RayNodes, tmp_path: Path) -> None:
-    sets = [word for each in [f"runs={tmp_path}", *SHORT] for word in ("--set", each)]
-    command = [
-        sys.executable,
-        "-m",
-        "workers.cli",
-        "launch",
-        "configs/quickstart.toml",
-        "--on",
-        "ray",
-        "--no-view",
-        *sets,
-    ]
+    command = launch(tmp_path)
     small = subprocess.run(
         cluster.command(*command, "--set", "placement.generator.cpus=9"),
         cwd=ROOT,
