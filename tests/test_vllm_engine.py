@@ -28,17 +28,8 @@ class TestVllm(CachingEngineContract):
     long, stepped = 60, True
 
     def test_draws_are_ours_and_whole_blocks_of_prompts_are_shared(self, keeping: EngineGenerator, tied: Path) -> None:
-        new = weights(tied, 10)
-        keeping.load(new, 10)
-        other = torch_generator(tied, new, 10)
-        for item in TICKETS:
-            keeping.add(item)
-            other.add(item)
         saved = keeping.counters["prefill_saved_tokens"]
-        done, expected = finish(keeping), finish(other)
-        assert {key: (r.tokens.tolist(), r.finish) for key, r in done.items()} == {
-            key: (r.tokens.tolist(), r.finish) for key, r in expected.items()
-        }
+        check_draws(keeping, tied)
         # Groups 1, 3 and 4 share the whole blocks of 32 tokens of their prompts.
         assert keeping.counters["prefill_saved_tokens"] - saved == 3 * 64 + 1 * 288 + 2 * 32
 
@@ -129,16 +120,7 @@ class TestParallelVllm(CachingEngineContract):
         return cases.start(folder, mode, pipeline_parallel=2, tensor_parallel=2 if mode == "recompute" else 1)
 
     def test_draws_are_ours(self, engine: EngineGenerator, folder: Path) -> None:
-        new = weights(folder, 10)
-        engine.load(new, 10)
-        other = torch_generator(folder, new, 10)
-        for item in TICKETS:
-            engine.add(item)
-            other.add(item)
-        done, expected = finish(engine), finish(other)
-        assert {key: (r.tokens.tolist(), r.finish) for key, r in done.items()} == {
-            key: (r.tokens.tolist(), r.finish) for key, r in expected.items()
-        }
+        check_draws(engine, folder)
 
     def test_a_stopped_worker_of_several_is_an_engine_that_is_lost(self, engine: EngineGenerator, folder: Path) -> None:
         """The first stage in one engine, half of the last one in the other."""
@@ -152,6 +134,20 @@ class TestParallelVllm(CachingEngineContract):
         assert min(len(partial.tokens) for partial in handed.partials) >= 5
         engine.close()
         assert not cases.alive(stopped)
+
+
+def check_draws(engine: EngineGenerator, folder: Path) -> None:
+    """Every ticket's tokens are those of our own generator."""
+    new = weights(folder, 10)
+    engine.load(new, 10)
+    other = torch_generator(folder, new, 10)
+    for item in TICKETS:
+        engine.add(item)
+        other.add(item)
+    done, expected = finish(engine), finish(other)
+    assert {key: (r.tokens.tolist(), r.finish) for key, r in done.items()} == {
+        key: (r.tokens.tolist(), r.finish) for key, r in expected.items()
+    }
 
 
 def check_silence(engine: EngineGenerator) -> None:
