@@ -23,7 +23,8 @@ def start_vllm(folder: Path, settings: GeneratorConfig, config: VllmEngine) -> E
     check_installed()
     canary = Canary(folder, settings.dtype)
     check_parallel(folder, canary.model.config, config.tensor_parallel, stages=config.pipeline_parallel)
-    set_environment(config, settings.threads)
+    device = resolve_device(settings.device)
+    set_environment(config, threads=settings.threads, device=device)
     from engine.generate_vllm_engine import Engine  # vLLM may be missing, and reads its environment when imported
 
     text = TextModel.load(folder)
@@ -31,7 +32,7 @@ def start_vllm(folder: Path, settings: GeneratorConfig, config: VllmEngine) -> E
     engine = Engine(
         folder,
         config,
-        device=resolve_device(settings.device),
+        device=device,
         dtype=settings.dtype,
         context=context,
         stop_ids=sorted(text.stop_ids),

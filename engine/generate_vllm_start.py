@@ -26,7 +26,7 @@ def check_installed() -> None:
         raise ConfigError(f"generator.engine: got {got}, expected version {VERSION}")
 
 
-def set_environment(config: VllmEngine, threads: int) -> None:
+def set_environment(config: VllmEngine, *, threads: int, device: str) -> None:
     """vLLM reads these when it is imported. What somebody has set already stays, but for what this system rests on."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the scheduler runs in this process
@@ -35,6 +35,8 @@ def set_environment(config: VllmEngine, threads: int) -> None:
         VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS=str(max(1, round(config.deadline_s))),
         OMP_NUM_THREADS=str(threads),
     )
+    if device == "cpu":
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the first step of a model in parts waits seconds for a compiler
     defaults = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several generators share a machine
         "VLLM_HOST_IP": "127.0.0.1",
