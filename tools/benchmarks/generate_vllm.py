@@ -20,7 +20,7 @@ from engine.models import named_weights
 def vllm_generator(model: PreTrainedModel, dtype: str, *, slots: int, threads: int) -> Iterator[EngineGenerator]:
     """One for `model` whose responses end by their length alone."""
     config = VllmEngine(slots=slots, kv_gb=1.0)
-    set_environment(config, threads)
+    set_environment(config, threads=threads, device="cpu")
     from engine.generate_vllm_engine import Engine  # vLLM reads its environment when imported
 
     with tempfile.TemporaryDirectory() as folder:
