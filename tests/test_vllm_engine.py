@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vllm_cases as cases
-from engine_contract import TICKETS, CachingEngineContract
-from vllm_cases import finish, steps, ticket, torch_generator, weights
+from engine_contract import FORCED, TICKETS, CachingEngineContract
+from vllm_cases import finish, forcing, fresh_logprobs, steps, ticket, torch_generator, weights
 
 from engine.config import ConfigError, GeneratorConfig, VllmEngine
 from engine.generate_engine import EngineGenerator
@@ -121,6 +121,26 @@ class TestParallelVllm(CachingEngineContract):
 
     def test_draws_are_ours(self, engine: EngineGenerator, folder: Path) -> None:
         check_draws(engine, folder)
+
+    def test_a_batch_that_is_under_way_ends_on_the_weights_that_it_began_with(
+        self, keeping: EngineGenerator, tied: Path
+    ) -> None:
+        old, items = weights(tied, 11), [ticket(20, 12, 2, max_tokens=40), ticket(21, 12, 2, max_tokens=40)]
+        keeping.load(old, 11)
+        for item in items:  # the second comes while the first is under way: two batches take turns
+            keeping.add(item)
+            keeping.step()
+        done = steps(keeping, 8)
+        under_way = keeping._engine._engine.engine_core.engine_core.batch_queue
+        assert sum(scheduled.total_num_scheduled_tokens for _, scheduled, _ in under_way) == 2
+        keeping.load(forcing(tied, FORCED), 12)
+        done |= finish(keeping)
+        for item in items:
+            for rollout in (done[item.group, sample] for sample in item.samples):
+                (_, made), _ = rollout.versions
+                assert rollout.tokens[made:].tolist() == [FORCED] * (40 - made)
+                expected = fresh_logprobs(tied, old, item, rollout.tokens)[:made]
+                np.testing.assert_allclose(rollout.logprobs[:made], expected, atol=1e-4)
 
     def test_a_stopped_worker_of_several_is_an_engine_that_is_lost(self, engine: EngineGenerator, folder: Path) -> None:
         """The first stage in one engine, half of the last one in the other."""
