@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engine.config import Config, ConfigError, UtelObjective, UtelTagObjective
 from engine.documents.fields import FieldScore, compare, total
 from engine.documents.page import Page
-from engine.documents.page_rows import PageText, ReadPage, page_in, page_of, tags_in, varied
+from engine.documents.page_rows import ReadPage, page_in, page_of, tags_in, tags_of_row, varied
 from engine.gathered import Gathered
 from engine.level_off import Pretraining as ValuePretraining
 from engine.models import DTYPES
@@ -202,7 +202,7 @@ def tag_figures(
     values, in their normal forms, against the pages' labels, of the pages that have any."""
     from engine.documents.entities import score_tags  # needs the extra `documents`
 
-    gold = [tags_in(PageText().encode(row.solution or "")) for row in rows]
+    gold = [tags_of_row(row) for row in rows]
     tagged = [place for place, tags in enumerate(gold) if tags is not None]
     scores = score_tags([gold[place] or [] for place in tagged], [predicted[place] for place in tagged])
     figures = {"f1": scores.default.micro.f1, "f1_strict": scores.strict.micro.f1}

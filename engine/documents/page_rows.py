@@ -72,6 +72,11 @@ def page_in(row: Row) -> ReadPage:
     return page_of(PageText().encode_prompt(row.prompt, chat=False))
 
 
+def tags_of_row(row: Row) -> list[str] | None:
+    """The BIO tags of a row that `page_row` made; None where the page has none."""
+    return tags_in(PageText().encode(row.solution or ""))
+
+
 def tags_in(response: np.ndarray) -> list[str] | None:
     """The BIO tags of a group's response, one a word; None where the page has none. Raises `TaskError`."""
     data = response[response != END].astype(np.uint8).tobytes()

@@ -18,7 +18,7 @@ from msgspec import Struct
 from engine.documents.page import Box, Page
 from engine.documents.page_rows import ReadPage
 from engine.documents.tags import spans
-from engine.documents.values import has_cents, kind_of, normal, reads_as, value_in
+from engine.documents.values import has_cents, kind_of, read_amount, value_in
 
 
 class Habits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,15 +46,14 @@ def learn_habits(pages: Iterable[tuple[Page | ReadPage, Sequence[str]]]) -> dict
     others: defaultdict[str, Counter[tuple[str, bool]]] = defaultdict(Counter)
     for page, tags in pages:
         edges = line_edges(page.boxes)
-        amounts = [(word, normal("total", word)) for word in page.words if reads_as("total", word)]
+        amounts = [(word, form) for word in page.words if (form := read_amount(word)) is not None]
         for field, start, stop in spans(tags):
             seen = usual[field]
             seen["begins", bool(edges[start])] += 1
             seen["ends", bool(edges[stop])] += 1
             text = value_in(field, " ".join(page.words[start:stop]))
-            if kind_of(field) != "amount" or not reads_as(field, text):
+            if kind_of(field) != "amount" or (form := read_amount(text)) is None:
                 continue
-            form = normal(field, text)
             seen.update(_traits(text, form))
             for word, other in amounts:
                 if other != form:

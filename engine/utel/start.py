@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.config import Config, ConfigError, UtelModel, UtelObjective, UtelTagObjective
-from engine.documents.page_rows import PageText, ReadPage, page_in, tags_in
+from engine.documents.page_rows import ReadPage, page_in, tags_of_row
 from engine.rows import Row
 from engine.start_folder import start_folder
 from engine.tasks import Source, page_tasks
@@ -80,7 +80,7 @@ def _words(config: Config) -> Iterator[str]:
 
 def _tagged(config: Config) -> Iterator[tuple[ReadPage, list[str]]]:
     for row in _first_rows(config):
-        if (tags := tags_in(PageText().encode(row.solution or ""))) is not None:
+        if (tags := tags_of_row(row)) is not None:
             yield page_in(row), tags
 
 
